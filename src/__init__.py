@@ -1,0 +1,1 @@
+"""How to measure backward locking; no claim is named here."""

@@ -1,0 +1,228 @@
+"""The schema of a run: dataclasses with range checks; unknown keys are refused.
+
+Imports neither torch nor wandb, so that a bad configuration is answered at once.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from src.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Depth = Annotated[int, Field(ge=1, le=1000)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Activation = Literal["tanh", "sigmoid", "relu", "linear"]
+Norm = Literal["none", "batch", "layer"]
+Skip = Literal["none", "original", "preactivation"]
+ScaleName = Literal["smoke", "quick", "paper"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """A network of `depth` weight layers, the readout among them.
+
+    Weights have variance σw²/fan_in (or are σw times an orthogonal matrix), biases variance σb².
+    """
+
+    family: Literal["mlp", "residual_mlp", "cifar", "vgg"]
+    depth: Depth
+    width: Count
+    activation: Activation
+    init: Literal["gaussian", "orthogonal"]
+    weight_var: NonNegative
+    bias_var: NonNegative
+    norm: Norm
+    skip: Skip
+    branch_scale: NonNegative
+
+    @model_validator(mode="after")
+    def _family_allows(self) -> "ModelConfig":
+        if self.skip != "none" and self.family in ("mlp", "vgg"):
+            raise ValueError(f"family {self.family} has no skip connections; use residual_mlp or cifar, or skip=none")
+        if self.family == "residual_mlp" and (self.depth < 4 or self.depth % 2):
+            raise ValueError(f"depth {self.depth}: a residual MLP has 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
+        if self.family == "cifar" and (self.depth < 8 or self.depth % 6 != 2):
+            raise ValueError(f"depth {self.depth}: a CIFAR net has 6n+2 weight layers, n ≥ 1 (8, 14, 20, …)")
+        if self.family == "vgg" and self.depth != 8:
+            raise ValueError(f"depth {self.depth}: the VGG-like net has 8 weight layers")
+        if self.norm == "layer" and self.family in ("cifar", "vgg"):
+            raise ValueError(f"family {self.family} takes norm none or batch, not layer")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Which images, where they lie, where they come from, and how many are used."""
+
+    name: Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "digits"]
+    root: Annotated[str, Field(min_length=1)]
+    mirrors: list[str]
+    fallback: Literal["none", "digits"]
+    train_size: Count | None
+    test_size: Count | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingConfig:
+    """Plain backpropagation: optimiser, schedule, length and arithmetic."""
+
+    optimizer: Literal["sgd", "adam"]
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegative
+    batch_size: Count
+    epochs: Count
+    max_steps: Count | None
+    schedule: Literal["cosine", "constant"]
+    precision: Literal["float32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScaleConfig:
+    """How much is run: seconds, a minute or two on two cores, or one GPU."""
+
+    name: ScaleName
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrackerConfig:
+    """Weights & Biases: offline unless asked for."""
+
+    mode: Literal["offline", "online", "none"]
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClaimConfig:
+    """The claim in the specification's words, and where it stands there."""
+
+    name: str
+    title: str
+    heading: str
+    statement: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Criterion:
+    """When one form of the claim holds: the estimate of every cell lies in [at_least, at_most].
+
+    `condition` is a query over the cells' columns; where it is given the form is claimed only there.
+    """
+
+    form: Literal["as_stated", "precise"]
+    statement: str
+    criterion: str
+    at_least: float | None = None
+    at_most: float | None = None
+    condition: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> "Criterion":
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("needs at_least, at_most or both")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least} exceeds at_most {self.at_most}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Grid:
+    """The axes that experiments vary. An experiment's file sets those that it has; the rest are None."""
+
+    seeds: Count | None = None  # random networks a setting
+    samples: Count | None = None  # inputs a network is certified on
+    depths: Annotated[list[Depth], Field(min_length=1)] | None = None
+    weight_vars: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    branch_scales: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    train_seeds: Count | None = None
+    train_depths: Annotated[list[Depth], Field(min_length=1)] | None = None
+    train_weight_vars: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """Everything that decides a run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    device: Literal["auto", "cpu", "cuda"]
+    results_dir: Annotated[str, Field(min_length=1)]
+    force: bool
+    claim: ClaimConfig
+    criteria: Annotated[dict[str, Criterion], Field(min_length=1)]
+    grid: Grid
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    scale: ScaleConfig
+    tracker: TrackerConfig
+
+
+def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """Resolve `${at_scale:{smoke:…,quick:…,paper:…}}` to the value at the run's scale."""
+    missing, extra = set(get_args(ScaleName)) - set(by_scale), set(by_scale) - set(get_args(ScaleName))
+    if missing or extra:
+        raise UserError(f"at_scale needs exactly the scales {', '.join(get_args(ScaleName))}; got {', '.join(map(str, by_scale))}")
+    return by_scale[_root_.scale.name]
+
+
+def register_resolvers() -> None:
+    """Make `at_scale` known to OmegaConf."""
+    OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Check a composed Hydra config against the schema.
+
+    Raises: UserError, naming every key that is unknown, of the wrong type or out of range.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_resolved_cause(error)}") from error
+    try:
+        return TypeAdapter(Config).validate_python(plain)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(dict(e)) for e in error.errors())) from error
+
+
+def _resolved_cause(error: OmegaConfBaseException) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+    return str(cause).splitlines()[0]
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One validation error in one line: the key, what was wrong, what was given."""
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function-")))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return unknown_key(where)
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict) or is_dataclass(error["input"]) else f" (got {error['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def unknown_key(key: str) -> str:
+    """Say that a key is unknown, with the nearest that is known."""
+    near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.6)
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def known_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """Yield every key of the schema, dotted."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        yield prefix + field.name
+        if is_dataclass(hints[field.name]):
+            yield from known_keys(cast(type, hints[field.name]), prefix + field.name + ".")
