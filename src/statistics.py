@@ -1,0 +1,168 @@
+"""Intervals, slopes and paired comparisons over independent draws (seeds), on SciPy.
+
+Few draws want the t-interval: at 5 draws the percentile bootstrap covers about 81% where it says 95%.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from numpy.typing import ArrayLike
+from scipy import stats
+
+Sample = Float64[np.ndarray, " n"]
+
+BOOTSTRAP_MINIMUM = 10
+RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, the interval [lo, hi] around it, how many draws it rests on, and how it was found."""
+
+    value: float
+    lo: float
+    hi: float
+    n: int
+    method: str
+
+
+def t_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean with Student's interval, x̄ ± t_{n−1,(1+c)/2} · s/√n.
+
+    Args:
+        values: n independent draws, one dimension.
+        confidence: c, in (0, 1).
+
+    Returns: the mean; a single draw bounds nothing: lo = −inf, hi = inf.
+
+    Raises: ValueError, if there is no value, or one that is not finite.
+    """
+    x = _finite(values)
+    error = x.std(ddof=1) / np.sqrt(x.size) if x.size > 1 else np.nan
+    return _around(float(x.mean()), error, x.size - 1, x.size, confidence, "t")
+
+
+def bootstrap_interval(
+    values: ArrayLike, generator: torch.Generator, statistic: Callable[..., float] = np.mean, confidence: float = 0.95
+) -> Estimate:
+    """A statistic with its bias-corrected and accelerated bootstrap interval (Efron 1987, J. Am. Stat. Assoc. 82).
+
+    Where ties leave the acceleration undefined (0/0) the interval is the percentile one, and `method` says so.
+
+    Args:
+        values: n ≥ 10 independent draws, one dimension.
+        generator: draws the resamples.
+        statistic: of a one-dimensional array; called on one resample at a time.
+        confidence: c, in (0, 1).
+
+    Raises: ValueError, if there are fewer than 10 values (the bootstrap covers too little), or one that is not finite.
+    """
+    x = _finite(values)
+    _check(confidence)
+    if x.size < BOOTSTRAP_MINIMUM:
+        raise ValueError(f"the bootstrap covers too little below {BOOTSTRAP_MINIMUM} values, got {x.size}; use t_interval")
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    lo, hi, method = np.nan, np.nan, ""
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SciPy warns of what the fallback mends
+            lo, hi = stats.bootstrap(
+                (x,),
+                statistic,
+                n_resamples=RESAMPLES,
+                confidence_level=confidence,
+                method=method,
+                vectorized=False,
+                random_state=np.random.default_rng(seed),
+            ).confidence_interval
+        if np.isfinite([lo, hi]).all():
+            break
+    return Estimate(float(statistic(x)), float(lo), float(hi), x.size, f"bootstrap {method} {confidence:.0%}")
+
+
+def slope(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Least-squares slope b̂ = Σ(x−x̄)(y−ȳ)/Σ(x−x̄)² with b̂ ± t_{n−2,(1+c)/2} · √(Σr²/((n−2)Σ(x−x̄)²)), r the residuals.
+
+    Args:
+        x: n abscissae, not all equal.
+        y: n ordinates with independent errors of one variance.
+        confidence: c, in (0, 1).
+
+    Returns: the slope; two points bound nothing: lo = −inf, hi = inf.
+
+    Raises: ValueError, if the lengths differ, all x are equal, there are fewer than two points, or a value is not finite.
+    """
+    x, y = _pair(x, y)
+    if np.ptp(x) == 0:
+        raise ValueError("a slope needs two different x")
+    dx, dy = x - x.mean(), y - y.mean()
+    b = float(dx @ dy / (dx @ dx))
+    residual = dy - b * dx
+    error = np.sqrt(residual @ residual / (x.size - 2) / (dx @ dx)) if x.size > 2 else np.nan
+    return _around(b, error, x.size - 2, x.size, confidence, "least squares, t")
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean of a_i − b_i with Student's interval, where a_i and b_i share seed i.
+
+    Args:
+        a: n values.
+        b: n values, of the same seeds in the same order.
+        confidence: c, in (0, 1).
+
+    Raises: ValueError, if the lengths differ, there is no value, or one that is not finite.
+    """
+    a, b = _pair(a, b)
+    difference = t_interval(a - b, confidence)
+    return replace(difference, method=f"paired {difference.method}")
+
+
+def spread(values: ArrayLike) -> Estimate:
+    """Median, with the smallest and the largest draw as its interval: every draw lies in it. Infinities may.
+
+    Raises: ValueError, if there is no value, or one is NaN.
+    """
+    x = _sample(values)
+    return Estimate(float(np.median(x)), float(x.min()), float(x.max()), x.size, "median, every draw")
+
+
+def _around(value: float, error: float | np.floating, freedom: int, n: int, confidence: float, method: str) -> Estimate:
+    """The estimate value ± t_{freedom,(1+c)/2} · error, unbounded without a degree of freedom."""
+    _check(confidence)
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * error) if freedom > 0 else np.inf
+    return Estimate(value, value - half, value + half, n, f"{method} {confidence:.0%}")
+
+
+def _check(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+
+
+def _sample(values: ArrayLike) -> Sample:
+    """The values as one float64 axis, none of them NaN."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not x.size:
+        raise ValueError(f"expected one axis of at least one value, got the shape {x.shape}")
+    if missing := int(np.isnan(x).sum()):
+        raise ValueError(f"{missing} of {x.size} values are NaN")
+    return x
+
+
+def _finite(values: ArrayLike) -> Sample:
+    """The values as one float64 axis, all of them finite."""
+    x = _sample(values)
+    if infinite := int(np.isinf(x).sum()):
+        raise ValueError(f"{infinite} of {x.size} values are infinite")
+    return x
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Sample, Sample]:
+    """Two samples of one length."""
+    a, b = _finite(a), _finite(b)
+    if a.size != b.size:
+        raise ValueError(f"expected pairs, got {a.size} and {b.size} values")
+    return a, b
