@@ -15,12 +15,16 @@ from pydantic.dataclasses import dataclass
 
 from src.errors import UserError
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1)]
-Depth = Annotated[int, Field(ge=1, le=1000)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Depth = Annotated[int, Field(strict=True, ge=1, le=1000)]
+Real = Annotated[float, Field(strict=True)]
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Depths = Annotated[list[Depth], Field(min_length=1)]
+Variances = Annotated[list[NonNegative], Field(min_length=1)]
 Activation = Literal["tanh", "sigmoid", "relu", "linear"]
 Norm = Literal["none", "batch", "layer"]
 Skip = Literal["none", "original", "preactivation"]
@@ -78,7 +82,7 @@ class TrainingConfig:
 
     optimizer: Literal["sgd", "adam"]
     lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)]
     weight_decay: NonNegative
     batch_size: Count
     epochs: Count
@@ -123,8 +127,8 @@ class Criterion:
     form: Literal["as_stated", "precise"]
     statement: str
     criterion: str
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: Real | None = None
+    at_most: Real | None = None
     condition: str | None = None
 
     @model_validator(mode="after")
@@ -141,23 +145,25 @@ class Grid:
     """The axes that experiments vary. An experiment's file sets those that it has; the rest are None."""
 
     seeds: Count | None = None  # random networks a setting
-    samples: Count | None = None  # inputs a network is certified on
-    depths: Annotated[list[Depth], Field(min_length=1)] | None = None
-    weight_vars: Annotated[list[NonNegative], Field(min_length=1)] | None = None
-    branch_scales: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    certified_seeds: Count | None = None  # of them certified
+    samples: Count | None = None  # inputs that a network is measured on
+    depths: Depths | None = None
+    rate_depth: Depth | None = None  # of the networks whose rate a layer is measured
+    weight_vars: Variances | None = None
+    branch_scales: Variances | None = None
     train_seeds: Count | None = None
-    train_depths: Annotated[list[Depth], Field(min_length=1)] | None = None
-    train_weight_vars: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    train_depths: Depths | None = None
+    train_weight_vars: Variances | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     """Everything that decides a run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
     device: Literal["auto", "cpu", "cuda"]
     results_dir: Annotated[str, Field(min_length=1)]
-    force: bool
+    force: Flag
     claim: ClaimConfig
     criteria: Annotated[dict[str, Criterion], Field(min_length=1)]
     grid: Grid

@@ -121,13 +121,34 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> E
     return replace(difference, method=f"paired {difference.method}")
 
 
-def spread(values: ArrayLike) -> Estimate:
-    """Median, with the smallest and the largest draw as its interval: every draw lies in it. Infinities may.
+def least(values: ArrayLike) -> Estimate:
+    """The smallest draw, known exactly: what an inequality that holds in every draw is held to. Infinities may.
 
     Raises: ValueError, if there is no value, or one is NaN.
     """
     x = _sample(values)
-    return Estimate(float(np.median(x)), float(x.min()), float(x.max()), x.size, "median, every draw")
+    return _exactly(x.min(), x.size, "least draw")
+
+
+def greatest(values: ArrayLike) -> Estimate:
+    """The largest draw, known exactly. Infinities may.
+
+    Raises: ValueError, if there is no value, or one is NaN.
+    """
+    x = _sample(values)
+    return _exactly(x.max(), x.size, "greatest draw")
+
+
+def exactly(value: float) -> Estimate:
+    """A single number that no draw decides.
+
+    Raises: ValueError, if it is NaN.
+    """
+    return _exactly(_sample([value])[0], 1, "exact")
+
+
+def _exactly(value: float, n: int, method: str) -> Estimate:
+    return Estimate(float(value), float(value), float(value), n, method)
 
 
 def _around(value: float, error: float | np.floating, freedom: int, n: int, confidence: float, method: str) -> Estimate:

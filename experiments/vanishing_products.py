@@ -1,0 +1,298 @@
+"""Step 2, vanishing gradients: what the product of layer-Jacobian norms bounds, and what really decides that a gradient vanishes.
+
+Measured on random MLPs and real images: the product bound as stated and with the parameter Jacobian it omits; chains with ‖J_l‖ < 1
+whose product stays; the growth χ of ‖g_l‖² a layer and its depth scale ξ = −1/ln χ against mean-field theory (Poole et al. 2016;
+Schoenholz et al. 2017); the depth to which short training reaches; ‖∇θ_l‖ beside ‖g_l‖.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from src import mean_field
+from src.certificate import certify
+from src.chain import cut
+from src.config import Criterion, ModelConfig
+from src.experiment import Context, network_columns
+from src.jacobian.materialised import layer_jacobian
+from src.locking import gradient_profile
+from src.rows import pick
+from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
+from src.training.loop import train
+from src.verdict import Verdict, cell, judge_forms
+
+Row = dict[str, Any]
+
+QUANTITIES = {
+    "gradient": "ln ‖∇θ_1‖ of one sample's loss, nats",
+    "bound_as_stated": "ln of ∏_{l<L}‖J_l‖·‖g_L‖, nats",
+    "bound": "ln of ‖P_1‖ ∏_{l≥2}‖J_l‖·‖g_L‖, nats",
+    "input_norm": "√(‖x‖²+1), the norm of an input and its bias",
+    "mean_norm": "mean of ‖J_l‖ over the layers of a network and the samples",
+    "error_signal": "½ ln mean_n ‖g_l‖² at layer l, nats",
+    "parameter_gradient": "½ ln mean_n ‖∇θ_l‖² at layer l, nats",
+    "chi": "mean squared singular value of J_l over the second half of the hidden layers and the samples",
+    "rate": "slope of ln mean_n ‖g_l‖² against the layers between a gradient and the loss, nats a layer",
+    "attenuation": "Σ_l ln ‖J_l‖ of a chain of scaled orthogonal layers, nats",
+    "train_accuracy": "share of training images told right after the short training",
+    "test_accuracy": "share of test images told right after the short training",
+    "diverged": "1 where the short training diverged, else 0",
+}
+
+# the networks whose bound is certified: tanh below, at and above its critical σw², ReLU at its own, a sigmoid, an orthogonal linear net
+BOUNDED = (
+    {"activation": "tanh", "weight_var": 1.3},
+    {"activation": "tanh", "weight_var": 1.761},
+    {"activation": "tanh", "weight_var": 2.5},
+    {"activation": "relu", "weight_var": 2.0, "bias_var": 0.0},
+    {"activation": "sigmoid", "weight_var": 1.0, "bias_var": 0.0},
+    {"activation": "linear", "weight_var": 1.0, "bias_var": 0.0, "init": "orthogonal"},
+)
+ACTIVATIONS = ("tanh", "relu", "sigmoid")
+# σw² of the tanh nets whose depth scale is held against theory
+KNOWN_SCALE = (1.3, 1.7)
+# an unnormalised ReLU net far below its critical σw²: activations shrink forwards as the error signal does backwards
+HIDING = {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0}
+# ‖J_l‖ of two chains of scaled orthogonal layers: both below 1 everywhere, one of them uniformly
+SCALED = {"uniform": lambda layer: 0.9, "not uniform": lambda layer: 1 - 1 / (layer + 1) ** 2}
+SUPREMUM = {"uniform": 0.9, "not uniform": 1.0}
+
+
+def measure(context: Context) -> pd.DataFrame:
+    """Measure every part of the claim; one row a measurement."""
+    parts = (_bounds, _scaled_chains, _rates, _hiding, _edge)
+    return pd.DataFrame([row for part in parts for row in part(context)])
+
+
+def _bounds(context: Context) -> Iterator[Row]:
+    """Both forms of the bound on every sample, and ‖J_l‖ beside them."""
+    grid = context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
+    models = [replace(context.config.model, **net, depth=depth) for net in BOUNDED for depth in grid.depths]
+    for model in context.progress(models, "bounds"):
+        for seed in range(grid.certified_seeds):
+            certificate = certify(context.network(model, seed), inputs, targets)
+            where = {"part": "bound", **network_columns(model, seed)}
+            if seed == 0 and model.depth == max(grid.depths):
+                context.tracker.certificate(f"{model.activation} {model.weight_var:g}", certificate)
+            yield {"quantity": "mean_norm", "value": certificate.layers["norm"].mean(), **where}
+            for sample in certificate.bound().itertuples():
+                at = {**where, "sample": sample.sample}
+                yield {"quantity": "gradient", "value": sample.lhs, **at}
+                yield {"quantity": "bound_as_stated", "value": sample.rhs_as_stated, **at}
+                yield {"quantity": "bound", "value": sample.rhs, **at}
+                norm = inputs[sample.sample].double().square().sum().add(1).sqrt()
+                yield {"quantity": "input_norm", "value": float(norm), **at}
+
+
+def _scaled_chains(context: Context) -> Iterator[Row]:
+    """Orthogonal linear chains whose layers are scaled to a given ‖J_l‖ < 1."""
+    grid = context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
+    for kind, norm in SCALED.items():
+        for depth in grid.depths:
+            model = replace(context.config.model, activation="linear", init="orthogonal", weight_var=1.0, bias_var=0.0, depth=depth)
+            network = context.network(model, 0)
+            scale_layers(network, norm)
+            where = {"part": "scaled", "chain": kind, **network_columns(model, 0)}
+            certificate = certify(network, inputs, targets)
+            yield {"quantity": "attenuation", "value": float(certificate.log_attenuation.mean()), **where}
+            yield from _profile_rows(context, network, where)
+
+
+@torch.no_grad()
+def scale_layers(network: nn.Sequential, norm: Any) -> None:
+    """Scale the weights of layer l by norm(l), l = 1…L."""
+    for layer, stage in enumerate(network, start=1):
+        stage.linear.weight.mul_(norm(layer))
+
+
+def _profile_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    profile = gradient_profile(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
+    for stage in profile.itertuples():
+        yield {"quantity": "error_signal", "value": stage.log_error_norm, "layer": stage.index, **where}
+        yield {"quantity": "parameter_gradient", "value": stage.log_grad_norm, "layer": stage.index, **where}
+
+
+def _rates(context: Context) -> Iterator[Row]:
+    """χ and the gradient's own rate for every activation, σw² and seed."""
+    config, grid = context.config, context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
+    settings = [(activation, weight_var) for activation in ACTIVATIONS for weight_var in grid.weight_vars]
+    for activation, weight_var in context.progress(settings, "rates"):
+        model = replace(config.model, activation=activation, weight_var=weight_var, depth=grid.rate_depth)
+        for seed in range(grid.seeds):
+            network = context.network(model, seed)
+            where = {"part": "rate", **network_columns(model, seed)}
+            yield {"quantity": "chi", "value": mean_squared_singular_value(network, inputs.double()), **where}
+            rows = list(_profile_rows(context, network, where))
+            yield from rows
+            signal = {row["layer"]: row["value"] for row in rows if row["quantity"] == "error_signal"}
+            deep = range(grid.rate_depth // 2, grid.rate_depth)
+            distances = [grid.rate_depth - layer for layer in deep]
+            yield {"quantity": "rate", "value": slope(distances, [2 * signal[layer] for layer in deep]).value, **where}
+
+
+def mean_squared_singular_value(network: nn.Sequential, inputs: torch.Tensor) -> float:
+    """Σσ²/n = ‖J_l‖_F²/n over the second half of the hidden layers, where the variance has settled, and the samples."""
+    chain = cut(network, None, torch.float64, "eval")
+    states = chain.states(inputs)
+    deep = range(len(chain.stages) // 2, len(chain.stages) - 1)
+    squares = [layer_jacobian(chain.stages[index], states[index]).square().sum((1, 2)) / states[index][0].numel() for index in deep]
+    return float(torch.stack(squares).mean())
+
+
+def _hiding(context: Context) -> Iterator[Row]:
+    """Profiles of a net in which ‖∇θ_l‖ does not tell what becomes of ‖g_l‖."""
+    grid = context.config.grid
+    model = replace(context.config.model, **HIDING, depth=grid.rate_depth)
+    for seed in range(grid.seeds):
+        yield from _profile_rows(context, context.network(model, seed), {"part": "hiding", **network_columns(model, seed)})
+
+
+def _edge(context: Context) -> Iterator[Row]:
+    """Short trainings over (depth, σw²) for tanh."""
+    config, grid = context.config, context.config.grid
+    models = [
+        replace(config.model, activation="tanh", weight_var=weight_var, depth=depth)
+        for weight_var in grid.train_weight_vars
+        for depth in grid.train_depths
+    ]
+    for model in context.progress(models, "short trainings"):
+        for seed in range(grid.train_seeds):
+            network = context.network(model, seed)
+            outcome = train(network, context.data, config.training, context.generator("order", seed))
+            last = outcome.history.iloc[-1]
+            where = {"part": "edge", **network_columns(model, seed)}
+            context.tracker.curve(f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", outcome.history)
+            yield {"quantity": "train_accuracy", "value": float(last["train_accuracy"]), **where}
+            yield {"quantity": "test_accuracy", "value": float(last["test_accuracy"]), **where}
+            yield {"quantity": "diverged", "value": float(outcome.status == "diverged"), **where}
+
+
+def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
+    """Hold every form of the claim against its criterion."""
+    settled = _settled(rows)
+    cells = {
+        "bound_as_stated": _slack(rows, "bound_as_stated"),
+        "bound": _slack(rows, "bound"),
+        "orthogonal_violation": _violation(rows),
+        "small_norms_vanish": _vanishing(rows),
+        "uniform_norms_vanish": _vanishing(rows),
+        "large_norms_vanish": _large_norms(rows),
+        "chi": _by_setting(settled, lambda net: net["chi"] / net["prediction"] - 1),
+        "rate": _by_setting(settled, lambda net: np.exp(net["rate"]) / net["prediction"] - 1),
+        "chi_decides": _by_setting(settled, lambda net: net["rate"]),
+        "depth_scale": _by_setting(settled[_has_known_scale(settled)], lambda net: net["rate"] / np.log(net["prediction"])),
+        "trainable_depth": _trainable_depth(rows),
+        "parameter_gradient_hides": _hidden(rows),
+    }
+    return judge_forms("vanishing_products", criteria, cells)
+
+
+def _slack(rows: pd.DataFrame, form: str) -> pd.DataFrame:
+    """The least slack of each network family and depth; every draw counts."""
+    keys = ["activation", "init", "weight_var", "depth"]
+    wide = _by_sample(rows)
+    slack = (wide[form] - wide["gradient"]).groupby(keys)
+    return pd.DataFrame([cell(least(values), **dict(zip(keys, at, strict=True))) for at, values in slack])
+
+
+def _violation(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far the orthogonal linear net is from breaking the stated bound by exactly √(‖x‖²+1)."""
+    wide = _by_sample(rows).xs("linear", level="activation")
+    error = (wide["gradient"] - wide["bound_as_stated"] - np.log(wide["input_norm"])).abs().groupby("depth")
+    return pd.DataFrame([cell(greatest(values), depth=depth) for depth, values in error])
+
+
+def _by_sample(rows: pd.DataFrame) -> pd.DataFrame:
+    index = ["activation", "init", "weight_var", "depth", "net_seed", "sample"]
+    of_samples = rows[(rows["part"] == "bound") & rows["sample"].notna()]
+    return of_samples.pivot(index=index, columns="quantity", values="value")
+
+
+def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
+    """By how much ln ‖g_1‖/‖g_L‖ falls from the second deepest scaled chain to the deepest."""
+    cells = []
+    for kind, chains in pick(rows, "error_signal", part="scaled").groupby("chain"):
+        signal = chains.pivot(index="layer", columns="depth", values="value")
+        ratio = {depth: signal.loc[1, depth] - signal.loc[depth, depth] for depth in signal}
+        shallower, deepest = sorted(ratio)[-2:]
+        fall = ratio[deepest] - ratio[shallower]
+        cells.append(cell(exactly(fall), chain=kind, supremum=SUPREMUM[str(kind)], depths=f"{shallower}→{deepest}"))
+    return pd.DataFrame(cells)
+
+
+def _large_norms(rows: pd.DataFrame) -> pd.DataFrame:
+    """By how much ln ‖∇θ_1‖ falls, in a tanh net with ‖J_l‖ > 1, from the second deepest to the deepest."""
+    where = {"part": "bound", "activation": "tanh", "weight_var": BOUNDED[0]["weight_var"]}
+    gradient = pick(rows, "gradient", **where).groupby(["net_seed", "depth"])["value"].mean().unstack("depth")
+    shallower, deepest = sorted(gradient)[-2:]
+    norm = pick(rows, "mean_norm", **where, depth=deepest)["value"].mean()
+    return pd.DataFrame([cell(t_interval(gradient[deepest] - gradient[shallower]), mean_norm=norm, depths=f"{shallower}→{deepest}")])
+
+
+def _settled(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each random net's χ and rate beside the mean-field χ of its activation, σw² and σb²."""
+    keys = ["activation", "weight_var", "bias_var", "net_seed"]
+    measured = rows[rows["quantity"].isin(["chi", "rate"])].pivot(index=keys, columns="quantity", values="value").reset_index()
+    measured["prediction"] = [mean_field.chi(net.activation, net.weight_var, net.bias_var) for net in measured.itertuples()]
+    return measured
+
+
+def _has_known_scale(settled: pd.DataFrame) -> pd.Series:
+    return (settled["activation"] == "tanh") & settled["weight_var"].isin(KNOWN_SCALE)
+
+
+def _by_setting(settled: pd.DataFrame, statistic: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:
+    """The t-interval of a statistic over the seeds of each setting."""
+    cells = []
+    for (activation, weight_var), nets in settled.groupby(["activation", "weight_var"]):
+        at = {"activation": activation, "weight_var": weight_var, "chi": nets["prediction"].iloc[0]}
+        cells.append(cell(t_interval(statistic(nets)), **at))
+    return pd.DataFrame(cells)
+
+
+def trainable_depths(rows: pd.DataFrame) -> pd.DataFrame:
+    """How deep short training reaches at each σw²: the deepest net before the first that fails, and that first one.
+
+    A net trains when its mean train accuracy is at least half of the best in the grid.
+
+    Returns: weight_var, chi, scale (ξ in layers), reached, failed (inf where none failed), n.
+    """
+    accuracy = pick(rows, "train_accuracy", part="edge")
+    table = accuracy.pivot_table(index="weight_var", columns="depth", values="value", aggfunc="mean")
+    trains = (table >= table.to_numpy().max() / 2).cummin(axis=1)
+    depths = table.columns.to_numpy()
+    bias_var = accuracy["bias_var"].iloc[0]
+    found = []
+    for weight_var, reached in trains.iterrows():
+        chi = mean_field.chi("tanh", float(weight_var), float(bias_var))
+        bracket = {"reached": max(depths[reached], default=0), "failed": min(depths[~reached], default=np.inf)}
+        runs = int((accuracy["weight_var"] == weight_var).sum())
+        found.append({"weight_var": weight_var, "chi": chi, "scale": mean_field.depth_scale(chi), **bracket, "n": runs})
+    return pd.DataFrame(found)
+
+
+def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
+    """The depth that training reaches, in units of ξ, where gradients vanish (χ < 1)."""
+    cells = []
+    for edge in trainable_depths(rows).query("chi < 1").itertuples():
+        lo, hi = edge.reached / edge.scale, edge.failed / edge.scale
+        middle = np.sqrt(lo * hi) if np.isfinite(hi) else lo
+        cells.append(cell(Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not"), weight_var=edge.weight_var))
+    return pd.DataFrame(cells)
+
+
+def _hidden(rows: pd.DataFrame) -> pd.DataFrame:
+    """The slope of ln ‖∇θ_l‖ in units of the slope of ln ‖g_l‖, against l."""
+    hiding = rows[(rows["part"] == "hiding") & rows["layer"].between(2, rows["depth"] - 1)]
+    slopes = hiding.groupby(["quantity", "net_seed"])[["layer", "value"]].apply(lambda net: slope(net["layer"], net["value"]).value)
+    return pd.DataFrame([cell(t_interval(slopes["parameter_gradient"] / slopes["error_signal"]), **HIDING)])

@@ -1,0 +1,223 @@
+"""The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from src import paths
+from src.chain import BatchNormMode, cut, require_finite
+from src.errors import UserError
+from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
+from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
+from src.seeds import generator
+from src.spectrum import Spectrum, spectrum
+
+# the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
+ROUNDING = 1e-9
+# one layer's Jacobians of all samples; beyond it a matrix-free method is called for
+MEMORY_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """K_back of a chain on N samples, and what each stage contributes.
+
+    Attributes:
+        log_attenuation: Σ_l ln‖J_l‖ over all stages, a sample; nats.
+        rank: min_l rank J_l, a sample.
+        conditioning: max_l cond J_l, a sample; inf where a J_l is rank-deficient.
+        skip_depth: the fewest weight layers between the loss and H_1.
+        depth: the most.
+        layers: a row per (sample, stage): sample, stage, index, norm, norm_lo, norm_hi, sigma_min, rank, rank_lo, rank_hi, cond,
+            method, error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
+        severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
+        singular_values: of every J_l in the order of the stages, a row a sample.
+        tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank.
+    """
+
+    log_attenuation: Float[Tensor, " n"]
+    rank: Int[Tensor, " n"]
+    conditioning: Float[Tensor, " n"]
+    skip_depth: int
+    depth: int
+    layers: pd.DataFrame
+    severity: pd.DataFrame
+    singular_values: tuple[Float[Tensor, "n _"], ...]
+    tolerance: float
+    first_parameter_norm: Float[Tensor, " n"]
+
+    def bound(self) -> pd.DataFrame:
+        """The gradient product bound, as stated and precise, in logs, a row a sample.
+
+        As stated: ‖∇θ_1‖ ≤ ∏_{l=1}^{L−1}‖J_l‖·‖g_L‖. Precise: ‖∇θ_1‖ ≤ ‖P_1‖ ∏_{l=2}^{L}‖J_l‖·‖g_L‖.
+
+        Returns: sample, lhs, rhs_as_stated, rhs, slack_as_stated, slack (nats), holds_as_stated, holds.
+        """
+        log_norm = self.layers.pivot(index="sample", columns="index", values="norm").map(_log)
+        last = log_norm.columns[-1]
+        by_stage = self.layers.set_index(["index", "sample"])
+        lhs, signal = by_stage.loc[1, "log_grad_norm"], by_stage.loc[last, "log_error_norm"]
+        as_stated = log_norm.drop(columns=last).sum(axis=1) + signal
+        precise = log_norm.drop(columns=1).sum(axis=1) + signal + [_log(norm) for norm in self.first_parameter_norm.tolist()]
+        frame = pd.DataFrame({"lhs": lhs, "rhs_as_stated": as_stated, "rhs": precise})
+        for form in ("_as_stated", ""):
+            # 0 ≤ 0 holds with no slack, 0 ≤ positive with all of it
+            slack = (frame["rhs" + form] - lhs).where(lhs > -math.inf, math.inf).mask(frame["rhs" + form] == lhs, 0.0)
+            frame["slack" + form] = slack
+            frame["holds" + form] = slack >= -ROUNDING
+        return frame.rename_axis("sample").reset_index()
+
+    def to_dict(self) -> dict[str, Any]:
+        """K_back as plain numbers and lists."""
+        return {
+            "log_attenuation": self.log_attenuation.tolist(),
+            "rank": self.rank.tolist(),
+            "conditioning": self.conditioning.tolist(),
+            "skip_depth": self.skip_depth,
+            "depth": self.depth,
+            "tolerance": self.tolerance,
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """K_back as a table, a row a sample."""
+        return pd.DataFrame(self.to_dict()).rename_axis("sample").reset_index()
+
+    def plot(self) -> Figure:
+        """Norm, rank, condition number and ‖g_l‖ of every stage; a line a sample."""
+        quantities = {"norm": "‖J_l‖", "rank": "rank J_l", "cond": "cond J_l", "error_norm": "‖g_l‖"}
+        figure = Figure(figsize=(10, 2.6), layout="constrained")
+        for axis, (column, label) in zip(figure.subplots(1, 4), quantities.items(), strict=True):
+            for _, sample in self.layers.groupby("sample"):
+                axis.plot(sample["index"], sample[column], color="C0", alpha=0.5, marker=".")
+            axis.set(xlabel="stage l", title=label, yscale="linear" if column == "rank" else "log")
+        return figure
+
+    def __str__(self) -> str:
+        """The certificate as a table: a row a stage, medians over samples."""
+        table = Table(
+            title=f"K_back on {len(self.rank)} samples: ln ∏‖J‖ = {self.log_attenuation.median():.3g} (median), "
+            f"min rank {self.rank.min()}, max cond {self.conditioning.max():.3g}, skip depth {self.skip_depth} of {self.depth}"
+        )
+        medians = self.layers.groupby("index").median(numeric_only=True)
+        for column in ("stage", "‖J‖", "σ_min", "rank", "cond", "‖g‖", "‖∇θ‖", "saturated", "λ", "λ≠0", "rank ∇θ/free", "locked"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for stage in self.severity.itertuples():
+            m = medians.loc[stage.index]
+            numbers = [m["norm"], m["sigma_min"], m["rank"], m["cond"], m["error_norm"], m["grad_norm"], m["saturation"]]
+            table.add_row(
+                stage.stage,
+                *(f"{number:.3g}" for number in [*numbers, stage[self.severity.columns.get_loc("lambda") + 1], stage.lambda_nonzero]),
+                f"{stage.gradient_rank}/{stage.free_rank}",
+                "yes" if stage.locked else "no",
+            )
+        out = StringIO()
+        Console(file=out, width=140).print(table)
+        return out.getvalue()
+
+
+def certify(
+    model: nn.Module,
+    inputs: Float[Tensor, "n ..."],
+    targets: Tensor,
+    loss: Loss = torch.nn.functional.cross_entropy,
+    stages: Sequence[str] | None = None,
+    method: Literal["auto", "exact", "matrix_free"] = "auto",
+    dtype: torch.dtype = torch.float64,
+    batch_norm: BatchNormMode = "eval",
+) -> Certificate:
+    """Certify how a chain of stages passes its gradient backwards.
+
+    Walks from the loss to the input; at stage l it holds J_l of all samples, its singular values, g_l and g_lᵀP_l, and nothing
+    of the other stages but their inputs.
+
+    Args:
+        model: an `nn.Sequential` whose children are the stages; it stays untouched.
+        inputs: N inputs H_0, on the model's device.
+        targets: N targets.
+        loss: ℓ(H_L, y); it is applied to one sample at a time (to the whole batch under batch_norm="train").
+        stages: names of the children to cut after; None cuts after every child.
+        method: "exact" and "auto" write each J_l out; "matrix_free" is refused as yet.
+        dtype: the arithmetic of the measurement.
+        batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
+
+    Returns: the certificate.
+    Raises: UserError when the model is no chain, a value is not finite (naming stage and sample), or a J_l is too large to write out.
+    """
+    if method == "matrix_free":
+        raise UserError("certify: method='matrix_free' is not available yet; use 'auto' or 'exact'")
+    chain = cut(model, stages, dtype, batch_norm)
+    layers, severities, spectra = [], [], []
+    probe_generator = generator(0, "lock condition", device=inputs.device)
+    for link in walk_back(chain, inputs.to(dtype), targets, loss):
+        _require_memory(link)
+        J = layer_jacobian(link.stage, link.inputs)
+        require_finite(J, f"the Jacobian of stage '{link.name}'")
+        s = spectrum(J)
+        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
+        probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype, device=inputs.device)
+        layers.append(_layer_rows(link, s, gradients))
+        condition = lock_condition(link.stage, link.inputs, gradients, probe)
+        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **condition})
+        spectra.append(s)
+
+    table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
+    by_sample = table.groupby("sample")
+    return Certificate(
+        log_attenuation=torch.tensor(table["norm"].map(_log).groupby(table["sample"]).sum().to_numpy()),
+        rank=torch.tensor(by_sample["rank"].min().to_numpy()),
+        conditioning=torch.tensor(by_sample["cond"].max().to_numpy()),
+        skip_depth=paths.skip_depth(chain.stages),
+        depth=paths.depth(chain.stages),
+        layers=table,
+        severity=pd.DataFrame(severities[::-1]),
+        singular_values=tuple(s.values for s in spectra[::-1]),
+        tolerance=max(float(s.tolerance.max()) for s in spectra),
+        first_parameter_norm=parameter_jacobian_norm(link.stage, link.inputs),
+    )
+
+
+def _layer_rows(link: Link, s: Spectrum, gradients: Float[Tensor, "n p"]) -> pd.DataFrame:
+    log_grad_norm = gradients.norm(dim=1).log() + link.signal.log_norm
+    columns = {
+        "norm": s.norm,
+        "norm_lo": (s.norm - s.tolerance).clamp(min=0),
+        "norm_hi": s.norm + s.tolerance,
+        "sigma_min": s.smallest,
+        "rank": s.rank,
+        "rank_lo": s.rank_lo,
+        "rank_hi": s.rank_hi,
+        "cond": s.condition,
+        "method": "exact",
+        "error_norm": link.signal.log_norm.exp(),
+        "grad_norm": log_grad_norm.exp(),
+        "saturation": saturation(link.stage, link.inputs),
+        "mean_square": s.mean_square,
+        "log_error_norm": link.signal.log_norm,
+        "log_grad_norm": log_grad_norm,
+    }
+    numbers = {column: value.cpu().numpy() if isinstance(value, Tensor) else value for column, value in columns.items()}
+    return pd.DataFrame({"sample": range(len(s.norm)), "stage": link.name, "index": link.index, **numbers})
+
+
+def _require_memory(link: Link) -> None:
+    outputs, inputs = link.signal.direction[0].numel(), link.inputs[0].numel()
+    size = len(link.inputs) * outputs * inputs * link.inputs.dtype.itemsize
+    if size > MEMORY_BYTES:
+        raise UserError(
+            f"certificate: stage '{link.name}' has {len(link.inputs)} Jacobians of {outputs}×{inputs}, {size / 2**30:.1f} GiB; "
+            "give fewer samples or smaller inputs"
+        )
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

@@ -1,0 +1,112 @@
+"""A network as a chain of named stages, H_l = f_l(H_{l−1}), l = 1…L."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from src.errors import UserError
+
+BatchNormMode = Literal["eval", "train"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Named stages f_1 … f_L; each maps a batch to a batch, sample by sample.
+
+    With `on_batch` a sample is a whole batch, which the stages take as one operator.
+    """
+
+    names: tuple[str, ...]
+    stages: tuple[nn.Module, ...]
+    on_batch: bool = False
+
+    def states(self, inputs: Float[Tensor, "n ..."]) -> list[Tensor]:
+        """Run the chain and keep H_0 … H_L.
+
+        Raises: UserError when a state is not finite, naming the stage and the sample.
+        """
+        states = [inputs]
+        require_finite(inputs, "the input")
+        with torch.no_grad():
+            for name, stage in zip(self.names, self.stages, strict=True):
+                states.append(stage(states[-1]))
+                require_finite(states[-1], f"stage '{name}'")
+        return states
+
+
+def require_finite(values: Tensor, where: str) -> None:
+    """Raise UserError naming the place and the first sample whose values are not finite."""
+    bad = ~torch.isfinite(values.flatten(1)).all(1)
+    if bad.any():
+        raise UserError(f"certificate: {where} is not finite at sample {int(bad.nonzero()[0])}; look at its weights and inputs there")
+
+
+class OnBatch(nn.Module):
+    """A stage as one operator on the whole batch: the batch is the one sample."""
+
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, batch: Float[Tensor, "1 n ..."]) -> Tensor:
+        """Apply the stage to the batch."""
+        return self.stage(batch.squeeze(0)).unsqueeze(0)
+
+
+def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
+    """Cut a copy of a sequential model into a chain; the model itself stays untouched.
+
+    Args:
+        model: an `nn.Sequential`; its children are the stages.
+        stages: names of the children to cut after; None cuts after every child.
+        dtype: the arithmetic of the copy.
+        batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own, one operator on the batch.
+
+    Returns: a chain in `dtype` with dropout off and nothing in place.
+    Raises: UserError when the model is not sequential, a name is unknown, or BatchNorm has no statistics to freeze.
+    """
+    if not isinstance(model, nn.Sequential) or not model._modules:
+        raise UserError(f"certify takes an nn.Sequential of stages; got {type(model).__name__}: wrap its stages in one, in order")
+    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    for name, module in twin.named_modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+        if isinstance(module, _BatchNorm):
+            _prepare_batch_norm(name, module, batch_norm)
+    chain = _group(twin, stages)
+    if batch_norm == "train":
+        chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)
+    return chain
+
+
+def _prepare_batch_norm(name: str, module: _BatchNorm, mode: BatchNormMode) -> None:
+    """Frozen statistics, or none at all: torch.func refuses to track them."""
+    if mode == "train":
+        module.running_mean = module.running_var = module.num_batches_tracked = None
+    elif module.running_mean is None:
+        raise UserError(f"{name}: BatchNorm without running statistics couples the samples; certify with batch_norm='train'")
+
+
+def _group(model: nn.Sequential, stages: Sequence[str] | None) -> Chain:
+    # not named_children(), which lists a module that stands twice only once
+    children = {name: child for name, child in model._modules.items() if child is not None}
+    ends = list(children) if stages is None else [*stages]
+    unknown = [name for name in ends if name not in children]
+    if unknown:
+        raise UserError(f"no stage named {unknown[0]!r}; the model's children are {', '.join(children)}")
+    names: list[str] = []
+    groups: list[nn.Module] = []
+    open_group: list[nn.Module] = []
+    for name, child in children.items():
+        open_group.append(child)
+        if name in ends or name == list(children)[-1]:
+            names.append(name)
+            groups.append(open_group[0] if len(open_group) == 1 else nn.Sequential(*open_group))
+            open_group = []
+    return Chain(tuple(names), tuple(groups))

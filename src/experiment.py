@@ -1,0 +1,201 @@
+"""One experiment: measure, judge, draw, log; one run folder."""
+
+import importlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol, TypeVar, cast
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int64
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from src import rows as row_table
+from src.config import Config, Criterion, ModelConfig
+from src.data.load import Data, Split, load
+from src.errors import UserError
+from src.models import build
+from src.results import RunFolder
+from src.seeds import generator
+from src.tracking import Tracker, open_tracker
+from src.verdict import Verdict, to_frame
+
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+VERSIONED = ("torch", "torchvision", "numpy", "scipy", "pandas", "hydra-core")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an experiment measures with."""
+
+    config: Config
+    data: Data
+    device: torch.device
+    tracker: Tracker
+
+    def generator(self, *purpose: str | int | float) -> torch.Generator:
+        """The CPU generator of a purpose, derived from the root seed."""
+        return generator(self.config.seed, *purpose)
+
+    def network(self, model: ModelConfig, seed: int) -> nn.Sequential:
+        """The `seed`-th random network of an architecture for this data set.
+
+        Architectures draw the same numbers for the same seed, so that they can be compared in pairs.
+        """
+        return build(model, self.data.shape, self.data.classes, self.generator("init", seed)).to(self.device)
+
+    def samples(self, split: Split, count: int) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+        """`count` images drawn without replacement, the same for every network, standardised; and their labels.
+
+        Raises: UserError when the split has fewer.
+        """
+        if count > len(split):
+            raise UserError(f"grid.samples: {count} asked for, the set has {len(split)}")
+        chosen = torch.randperm(len(split), generator=self.generator("samples"))[:count].to(split.labels.device)
+        return self.data.standardise(split.images[chosen]), split.labels[chosen]
+
+    def progress(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+        """The items, behind a progress bar when standard error is a terminal."""
+        return track(items, description, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def network_columns(model: ModelConfig, seed: int) -> dict[str, object]:
+    """What tells one random network from another, as columns of a row."""
+    columns = ("family", "activation", "init", "weight_var", "bias_var", "norm", "skip", "branch_scale", "depth", "width")
+    return {**{column: getattr(model, column) for column in columns}, "net_seed": seed}
+
+
+class Experiment(Protocol):
+    """A module under experiments/."""
+
+    QUANTITIES: Mapping[str, str]
+    measure: Callable[[Context], pd.DataFrame]
+    judge: Callable[[pd.DataFrame, Mapping[str, Criterion]], list[Verdict]]
+
+
+def run_experiment(config: Config) -> RunFolder:
+    """Run one experiment into its folder; one that is finished is left as it is unless `force`.
+
+    Raises: UserError for what the user can mend: the device, the data, the folder, the disk.
+    """
+    device = choose_device(config.device)
+    data = load(config.data, device)
+    if config.training.batch_size > len(data.train):
+        raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {len(data.train)} training images of {data.name}")
+    folder = RunFolder(config, data.name)
+    folder.refuse_another_config()
+    if folder.status == "done" and not config.force:
+        return folder
+    experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
+    with folder.running(), _logging_to(folder.path / "log.txt"):
+        _carry_out(experiment, config, data, device, folder)
+    return folder
+
+
+def _carry_out(experiment: Experiment, config: Config, data: Data, device: torch.device, folder: RunFolder) -> None:
+    started = time.monotonic()
+    log.info("%s on %s at scale=%s, seed %d, %s", config.claim.name, data.name, config.scale.name, config.seed, device)
+    if data.is_fallback:
+        log.warning("FALLBACK: %s could not be had, everything below is measured on %s", data.requested, data.name)
+    provenance = provenance_of(config, data, device)
+    with _deterministic(), open_tracker(config, folder.id) as tracker:
+        rows = experiment.measure(Context(config, data, device, tracker))
+        folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
+        verdicts = experiment.judge(rows, config.criteria)
+        folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])
+        folder.write_json("provenance.json", {**provenance, "wall_time_s": round(time.monotonic() - started, 1)})
+        drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
+        style = importlib.import_module("paper_figures.style")
+        folder.write("figure.png", style.to_bytes(drawing.draw(row_table.read(folder.path / "rows.parquet")), "png"))
+        log.info("finished in %.0f s: %s", time.monotonic() - started, folder.path)
+        tracker.finish(folder.path, to_frame(verdicts))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a run; `auto` takes CUDA where there is one.
+
+    Raises: UserError when CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def provenance_of(config: Config, data: Data, device: torch.device) -> dict[str, object]:
+    """Where a run's numbers come from: code, versions, machine, data, seed."""
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain")),
+        "command": f"python -m src.run {' '.join(sys.argv[1:])}",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in VERSIONED},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "data": data.name,
+        "data_requested": data.requested,
+        "data_sha256": data.sha256,
+        "seed": config.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, object]) -> dict[str, object]:
+    """What every row of a run says about where it comes from."""
+    return {
+        "experiment": config.claim.name,
+        "data": data.name,
+        "data_requested": data.requested,
+        "fallback": data.is_fallback,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "scale": config.scale.name,
+        "root_seed": config.seed,
+        "run": run,
+        "commit": provenance["commit"],
+        "dirty": provenance["dirty"],
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels while measuring: the same seed gives the same rows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    # cuBLAS is deterministic only with a fixed workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,84 @@
+"""Jacobians written out as matrices, one a sample.
+
+A pass backwards with every unit covector at once: row i of J is eᵢᵀJ (Griewank & Walther 2008, section 3.2).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+# covectors pulled back at once are held to about this much memory
+CHUNK_BYTES = 2**28
+
+
+def layer_jacobian(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n m d"]:
+    """The layer Jacobian J = ∂f(x)/∂x of every sample, states flattened.
+
+    Args:
+        stage: f, acting on each sample alone.
+        inputs: N inputs of d entries.
+
+    Returns: N matrices of m×d, in the inputs' dtype.
+    """
+    outputs, pull_back = vjp(stage, inputs)
+    n, m = outputs.shape[0], outputs[0].numel()
+    basis = torch.eye(m, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(m, n, m).reshape(m, *outputs.shape)
+    (rows,) = vmap(pull_back, chunk_size=_chunk(inputs.numel(), inputs.dtype))(basis)
+    return rows.reshape(m, n, -1).transpose(0, 1)
+
+
+def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """The norm of the parameter Jacobian P = ∂f(x; θ)/∂θ of every sample: ‖P‖ = √λ_max(PPᵀ).
+
+    PPᵀ (m×m) is made column by column, PPᵀeᵢ, by a pass backwards and its transpose, so that P (m×|θ|) is never formed.
+
+    Args:
+        stage: f, acting on each sample alone; without parameters the norm is 0.
+        inputs: N inputs.
+
+    Returns: N norms, in the inputs' dtype.
+    """
+    parameters = dict(stage.named_parameters())
+    if not parameters:
+        return inputs.new_zeros(len(inputs))
+    return torch.stack([torch.linalg.eigvalsh(_gram(stage, parameters, sample))[-1].clamp(min=0).sqrt() for sample in inputs.split(1)])
+
+
+def _gram(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, "m m"]:
+    """PPᵀ of one sample."""
+    outputs, pull_back = vjp(lambda parameters: functional_call(stage, parameters, (sample,)).flatten(), parameters)
+    # P is the transpose of the linear map u ↦ uᵀP; forward mode would compile decompositions first
+    _, push_forward = vjp(lambda covector: pull_back(covector)[0], torch.zeros_like(outputs))
+
+    def column(covector: Tensor) -> Tensor:
+        return push_forward(pull_back(covector)[0])[0]
+
+    size = sum(parameter.numel() for parameter in parameters.values())
+    return vmap(column, chunk_size=_chunk(size, sample.dtype))(torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
+
+
+def parameter_gradients(stage: nn.Module, inputs: Float[Tensor, "n ..."], covectors: Float[Tensor, "n ..."]) -> Float[Tensor, "n p"]:
+    """The N×|θ| matrix of per-sample parameter gradients, rows g_nᵀP_n.
+
+    Args:
+        stage: f, acting on each sample alone.
+        inputs: N inputs of the stage.
+        covectors: g, one for each output of the stage.
+
+    Returns: a row a sample, parameters flattened in the order of `named_parameters`.
+    """
+    parameters = dict(stage.named_parameters())
+    if not parameters:
+        return inputs.new_zeros(len(inputs), 0)
+
+    def gradient(sample: Tensor, covector: Tensor) -> Tensor:
+        _, pull_back = vjp(lambda parameters: functional_call(stage, parameters, (sample.unsqueeze(0),)), parameters)
+        (gradients,) = pull_back(covector.unsqueeze(0))
+        return torch.cat([gradients[name].flatten() for name in parameters])
+
+    return vmap(gradient)(inputs, covectors)
+
+
+def _chunk(numel: int, dtype: torch.dtype) -> int:
+    return max(1, CHUNK_BYTES // (numel * dtype.itemsize))

@@ -1,0 +1,210 @@
+"""Gradient profile, severity, lock condition and saturation of a stage."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import grad, vjp, vmap
+
+from src.chain import Chain, require_finite
+from src.errors import UserError
+from src.jacobian.materialised import parameter_gradients
+from src.spectrum import spectrum
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Hardswish)
+# a unit is saturated where φ'(z) is below this share of its largest value: |tanh| > .949, σ(z) outside (.026, .974)
+SATURATED = 0.1
+
+
+@dataclass(frozen=True)
+class ErrorSignal:
+    """g_l of every sample as a direction of unit length and ln‖g_l‖: products over many layers leave the range of floats."""
+
+    direction: Float[Tensor, "n ..."]
+    log_norm: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, covectors: Float[Tensor, "n ..."], log_scale: Float[Tensor, " n"]) -> "ErrorSignal":
+        """Normalise covectors that stand for exp(log_scale)·covector."""
+        norm = covectors.flatten(1).norm(dim=1)
+        safe = torch.where(norm > 0, norm, 1)
+        return cls(covectors / safe.reshape(-1, *[1] * (covectors.ndim - 1)), norm.log() + log_scale)
+
+    def pull_back(self, stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> "ErrorSignal":
+        """g_{l−1} = J_lᵀ g_l."""
+        (covectors,) = vjp(stage, inputs)[1](self.direction)
+        return ErrorSignal.of(covectors, self.log_norm)
+
+    def relative(self) -> Float[Tensor, "n d"]:
+        """The samples' signals as rows, all divided by the norm of the longest."""
+        longest = self.log_norm.max()
+        share = (self.log_norm - longest).exp() if longest > -torch.inf else torch.zeros_like(self.log_norm)
+        return self.direction.flatten(1) * share.unsqueeze(1)
+
+
+def loss_signal(loss: Loss, outputs: Float[Tensor, "n ..."], targets: Tensor) -> ErrorSignal:
+    """g_L = ∇_{H_L} ℓ of every sample's own loss, ℓ(H_L, y) of that sample alone."""
+
+    def own(output: Tensor, target: Tensor) -> Tensor:
+        return loss(output.unsqueeze(0), target.unsqueeze(0)).sum()
+
+    return ErrorSignal.of(vmap(grad(own))(outputs, targets), outputs.new_zeros(len(outputs)))
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stage on the way back: f_l at H_{l−1} = `inputs`, with g_l = `signal` behind it and g_{l−1} = `signal_before` before it."""
+
+    index: int
+    name: str
+    stage: nn.Module
+    inputs: Float[Tensor, "n ..."]
+    signal: ErrorSignal
+    signal_before: ErrorSignal
+
+
+def walk_back(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss) -> Iterator[Link]:
+    """Go from the loss to the input, l = L…1, with g_{l−1} = J_lᵀg_l.
+
+    Args:
+        chain: f_1 … f_L.
+        inputs: H_0.
+        targets: one a sample.
+        loss: ℓ(H_L, y).
+
+    Yields: a link a stage, the last stage first.
+    Raises: UserError naming stage and sample where a state or a signal is not finite, or when inputs and targets differ in number.
+    """
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise UserError(f"certificate: {len(inputs)} inputs and {len(targets)} targets; give as many of each, at least one")
+    if chain.on_batch:
+        inputs, targets, loss = inputs.unsqueeze(0), targets.unsqueeze(0), _on_batch(loss)
+    states = chain.states(inputs)
+    signal = loss_signal(loss, states[-1], targets)
+    require_finite(signal.direction, "the gradient of the loss")
+    for index in range(len(chain.stages), 0, -1):
+        name, stage, state = chain.names[index - 1], chain.stages[index - 1], states[index - 1]
+        before = signal.pull_back(stage, state)
+        require_finite(before.direction, f"the error signal before stage '{name}'")
+        yield Link(index, name, stage, state, signal, before)
+        signal = before
+
+
+def gradient_profile(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss) -> pd.DataFrame:
+    """How the gradient goes back through a chain, without any singular value.
+
+    Args:
+        chain: f_1 … f_L.
+        inputs: H_0.
+        targets: one a sample.
+        loss: ℓ(H_L, y).
+
+    Returns: a row a stage, first to last: index, stage; log_error_norm = ½ ln mean_n ‖g_l‖² and log_grad_norm =
+        ½ ln mean_n ‖∇θ_l‖² in nats; state_square = mean H_l² over samples and units.
+    """
+    rows = []
+    for link in walk_back(chain, inputs, targets, loss):
+        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
+        outputs = link.stage(link.inputs)
+        rows.append(
+            {
+                "index": link.index,
+                "stage": link.name,
+                "log_error_norm": _log_rms(link.signal.log_norm),
+                "log_grad_norm": _log_rms(gradients.norm(dim=1).log() + link.signal.log_norm),
+                "state_square": float(outputs.square().mean()),
+            }
+        )
+    return pd.DataFrame(rows[::-1])
+
+
+def _log_rms(log_norms: Float[Tensor, " n"]) -> float:
+    """½ ln mean exp(2 log_norm)."""
+    return float((2 * log_norms).logsumexp(0) - math.log(len(log_norms))) / 2
+
+
+def _on_batch(loss: Loss) -> Loss:
+    return lambda outputs, targets: loss(outputs.squeeze(0), targets.squeeze(0))
+
+
+def severity(signal: ErrorSignal) -> dict[str, float | int]:
+    """The locking severity of a stage from the N×d matrix G with rows g_lᵀJ_l.
+
+    λ = 1 − σ_min(G)/σ_max(G) as stated (specification, part 2), and the same over the r nonzero singular values, r = rank G.
+
+    Args:
+        signal: g_{l−1} = J_lᵀg_l of every sample.
+
+    Returns: lambda, lambda_nonzero, rank and stable_rank; λ is NaN where G = 0.
+    """
+    s = spectrum(signal.relative())
+    rank = int(s.rank)
+    least = s.values[max(rank - 1, 0)]
+    return {
+        "lambda": float(1 - s.smallest / s.norm),
+        "lambda_nonzero": float(1 - least / s.norm),
+        "rank": rank,
+        "stable_rank": float(s.stable_rank),
+    }
+
+
+def lock_condition(
+    stage: nn.Module, inputs: Float[Tensor, "n ..."], gradients: Float[Tensor, "n p"], probe: Float[Tensor, "n ..."]
+) -> dict[str, int | bool]:
+    """The lock condition over the batch: rank of the N×|θ| matrix of per-sample gradients against its free rank.
+
+    rank(g_nᵀP_n)_n < rank(ξ_nᵀP_n)_n with independent Gaussian ξ_n in place of g_n (specification, part 1).
+
+    Args:
+        stage: f_l.
+        inputs: H_{l−1}.
+        gradients: the rows g_nᵀP_n, each up to a factor that does not matter to the rank.
+        probe: ξ, as large as the outputs.
+
+    Returns: gradient_rank, free_rank, and locked.
+    """
+    if gradients.shape[1] == 0:
+        return {"gradient_rank": 0, "free_rank": 0, "locked": False}
+    gradient_rank = int(spectrum(gradients).rank)
+    free_rank = int(spectrum(parameter_gradients(stage, inputs, probe)).rank)
+    return {"gradient_rank": gradient_rank, "free_rank": free_rank, "locked": gradient_rank < free_rank}
+
+
+def saturation(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """The share of a stage's activation units whose slope φ'(z) is below a tenth of the largest slope.
+
+    Args:
+        stage: f_l with its activations as modules.
+        inputs: H_{l−1}.
+
+    Returns: a share a sample; NaN for a stage without activation modules. For ReLU it is the share of inactive units.
+    """
+    flat: list[Tensor] = []
+
+    def record(module: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
+        flat.append((_slope(module, arguments[0]) < SATURATED * _largest_slope(module, arguments[0])).reshape(len(inputs), -1))
+
+    hooks = [module.register_forward_hook(record) for module in stage.modules() if isinstance(module, ACTIVATIONS)]
+    try:
+        with torch.no_grad():
+            stage(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(flat, 1).to(inputs.dtype).mean(1) if flat else inputs.new_full((len(inputs),), torch.nan)
+
+
+def _slope(activation: nn.Module, z: Tensor) -> Tensor:
+    """|φ'(z)|, unit by unit."""
+    # forward, not a call, so that no hook sees it
+    return vjp(activation.forward, z)[1](torch.ones_like(z))[0].abs()
+
+
+def _largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
+    return _slope(activation, torch.linspace(-8, 8, 1601, dtype=z.dtype, device=z.device)).max()

@@ -1,0 +1,23 @@
+"""Run an experiment and tell its verdicts on the terminal."""
+
+from rich.console import Console
+
+from src.config import Config
+from src.results import RunFolder
+from src.verdict import Verdict, to_table
+
+
+def run_and_report(config: Config) -> None:
+    """Run one experiment, or find it finished, and print its table of verdicts."""
+    folder = RunFolder(config)
+    folder.refuse_another_config()
+    finished = folder.status == "done" and not config.force
+    if not finished:
+        # torch is imported only for a run that has something to do
+        from src.experiment import run_experiment
+
+        folder = run_experiment(config)
+    verdicts = [Verdict(**{**entry, "interval": tuple(entry["interval"])}) for entry in folder.verdicts()]
+    console = Console()
+    console.print(to_table(verdicts, title=f"{config.claim.title} ({config.data.name}, scale={config.scale.name}, seed {config.seed})"))
+    console.print(f"{'already finished, force=true runs it again' if finished else 'run folder'}: {folder.path}", soft_wrap=True)

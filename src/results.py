@@ -1,0 +1,176 @@
+"""The run folder: written atomically, read back as one table.
+
+`<results_dir>/<experiment>/<data>/<scale>/seed<k>-<hash>/` holds config.yaml, rows.parquet, verdicts.json, provenance.json,
+status.json, figure.png and log.txt. Imports neither torch nor wandb.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from src.config import Config
+from src.errors import UserError
+
+# what decides where and how a run is made, but none of its numbers
+INDECISIVE = ("results_dir", "force", "device", "tracker", "claim")
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The part of a config that decides the numbers, as plain containers."""
+    plain = {key: value for key, value in asdict(config).items() if key not in INDECISIVE}
+    plain["experiment"] = config.claim.name
+    plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("root", "mirrors", "fallback")}
+    return plain
+
+
+def run_hash(config: Config) -> str:
+    """The first ten hexadecimal digits of sha256 over the decisive part of a config."""
+    return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()[:10]
+
+
+class RunFolder:
+    """One run on disk. Every file is written to a temporary name and renamed."""
+
+    def __init__(self, config: Config, data: str | None = None):
+        """Name the folder of a config; `data` is the set really loaded where it is a fallback for the one asked for."""
+        self.config = config
+        self.id = run_hash(config)
+        fallback = f"-fallback-{data}" if data not in (None, config.data.name) else ""
+        place = Path(config.results_dir) / config.claim.name / config.data.name / config.scale.name
+        self.path = place / f"seed{config.seed}-{self.id}{fallback}"
+        self._previous = place / f".{self.path.name}.previous"
+
+    @property
+    def status(self) -> str | None:
+        """running, done, failed or interrupted; None where there is no folder."""
+        return read_status(self.path)
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The verdicts of a finished run."""
+        return json.loads((self.path / "verdicts.json").read_text())
+
+    def refuse_another_config(self) -> None:
+        """Raise UserError when the folder there belongs to another config."""
+        there = self.path / "config.yaml"
+        if self.path.exists() and (not there.exists() or _load_decisive(there) != decisive(self.config)):
+            raise UserError(f"{self.path}: holds a run of another config (see config.yaml there); move it away or choose another results_dir")
+
+    @contextmanager
+    def running(self) -> Iterator["RunFolder"]:
+        """Own the folder while a run lasts; leave it done, failed or interrupted, and never lose a finished run to one that is not.
+
+        Raises: UserError when another process runs it, the place can't be written, or the disk is full.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path.parent / f".{self.path.name}.lock", timeout=0)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise UserError(f"{self.path}: another process is at this run; wait for it or choose another results_dir") from error
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: can't be written ({error.strerror}); choose another results_dir") from error
+        try:
+            self._set_aside()
+            yield self._begin()
+        except KeyboardInterrupt:
+            self._end("interrupted")
+            raise
+        except BaseException as error:
+            if _disk_full(error):
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._restore()
+                raise UserError(f"{self.path}: no space left on the disk; the run was removed, free some space and run it again") from error
+            self._end("failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            raise
+        else:
+            self._end("done")
+        finally:
+            lock.release()
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file of the folder atomically."""
+        write_atomically(self.path / name, content)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a JSON file of the folder atomically."""
+        self.write(name, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def _begin(self) -> "RunFolder":
+        self.path.mkdir()
+        self.write("config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True))
+        self.write_json("status.json", {"status": "running", "pid": os.getpid()})
+        return self
+
+    def _end(self, status: str, **details: str) -> None:
+        self.write_json("status.json", {"status": status, **details})
+        if status == "done":
+            shutil.rmtree(self._previous, ignore_errors=True)
+        elif read_status(self._previous) == "done":
+            shutil.rmtree(self.path)
+            self._restore()
+
+    def _set_aside(self) -> None:
+        """Keep a finished run until the new one is finished too; drop one that is not."""
+        if self._previous.exists() and self.status != "done":
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._restore()
+        shutil.rmtree(self._previous, ignore_errors=True)
+        if self.path.exists():
+            self.path.rename(self._previous)
+
+    def _restore(self) -> None:
+        if self._previous.exists():
+            self._previous.rename(self.path)
+
+
+def read_status(folder: Path) -> str | None:
+    """The status of a run folder; None where there is none."""
+    try:
+        return json.loads((folder / "status.json").read_text())["status"]
+    except FileNotFoundError:
+        return None
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write to a temporary name beside `path`, flush to the disk, and rename."""
+    _replace(path, lambda temporary: temporary.write_bytes(content.encode() if isinstance(content, str) else content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_decisive(path: Path) -> dict[str, Any] | None:
+    from pydantic import TypeAdapter
+
+    try:
+        return decisive(TypeAdapter(Config).validate_python(yaml.safe_load(path.read_text())))
+    except ValueError:
+        return None
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

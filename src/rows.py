@@ -1,0 +1,67 @@
+"""Rows: one measurement a line, long format, units in the quantity's description; stored as Parquet."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from src.errors import UserError
+from src.results import read_status
+
+DESCRIPTIONS = b"quantities"
+
+
+def to_parquet(rows: pd.DataFrame, quantities: Mapping[str, str], stamp: Mapping[str, object]) -> bytes:
+    """Rows as Parquet, each with the stamp of its run; the quantities' descriptions go into the schema.
+
+    Args:
+        rows: columns `quantity` and `value` and the coordinates of each measurement.
+        quantities: what each quantity is, with its unit.
+        stamp: what is the same for every row: experiment, data set, scale, seed, hash, commit.
+
+    Raises: ValueError when a quantity has no description or none of its rows.
+    """
+    found = set(rows["quantity"].unique())
+    if found != set(quantities):
+        raise ValueError(f"quantities measured and described differ: {', '.join(sorted(found ^ set(quantities)))}")
+    table = pa.Table.from_pandas(rows.assign(**stamp), preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DESCRIPTIONS: json.dumps(dict(quantities)).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Read a table of rows; the quantities' descriptions are in `.attrs["quantities"]`.
+
+    Raises: UserError naming a file that is missing, damaged or no table of rows.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); run the experiment again with force=true") from error
+    missing = {"quantity", "value", "experiment", "data", "scale", "run"} - set(table.column_names)
+    if missing:
+        raise UserError(f"{path}: no table of rows, it lacks the columns {', '.join(sorted(missing))}")
+    rows = table.to_pandas()
+    rows.attrs["quantities"] = json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
+    return rows
+
+
+def finished_runs(results_dir: Path, experiment: str) -> list[Path]:
+    """The folders of an experiment's finished runs, oldest first."""
+    statuses = sorted(results_dir.glob(f"{experiment}/*/*/seed*/status.json"), key=lambda status: status.stat().st_mtime_ns)
+    return [status.parent for status in statuses if read_status(status.parent) == "done"]
+
+
+def pick(rows: pd.DataFrame, quantity: str, **coordinates: object) -> pd.DataFrame:
+    """The rows of one quantity at the given coordinates."""
+    mask = rows["quantity"] == quantity
+    for column, value in coordinates.items():
+        mask &= rows[column] == value
+    return rows[mask]

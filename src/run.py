@@ -1,0 +1,129 @@
+"""Compose a config, run one experiment, leave one run folder.
+
+    python -m src.run                                   lists the experiments
+    python -m src.run experiment=residual_unlock        runs one
+    python -m src.run -m experiment=a,b 'seed=range(3)' runs a sweep
+
+Exit code 0: done; 1: a run failed; 2: the user can mend it; 130: interrupted.
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import Config, register_resolvers, to_config, unknown_key
+from src.data.catalogue import CATALOGUE
+from src.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def main() -> int:
+    """Answer the command line; return the exit code."""
+    if len(sys.argv) == 1:
+        print(_listing())
+        return 0
+    # Hydra then raises its errors instead of printing them over several lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_resolvers()
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(composed: DictConfig) -> None:
+        codes.append(_run(composed))
+
+    try:
+        task()
+        if not codes and not _asks_only(sys.argv[1:]):
+            raise UserError(f"nothing to run: no experiment matches; there are {', '.join(_experiments())}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return _complain(UserError(_one_line(error)))
+    return max(codes, default=0)
+
+
+def _run(composed: DictConfig) -> int:
+    """One run; what goes wrong is told and turned into an exit code, so that a sweep goes on."""
+    try:
+        config = check(composed)
+        # heavy imports only now that the config is known to be good
+        from src.report import run_and_report
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        run_and_report(config)
+        return 0
+    except UserError as error:
+        return _complain(error)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def check(composed: DictConfig) -> Config:
+    """A composed config, checked against the schema, the experiment's own axes and the data set's size.
+
+    Raises: UserError for whatever is wrong with it.
+    """
+    if "claim" not in composed:
+        raise UserError(f"no experiment given; add experiment=NAME, one of {', '.join(_experiments())}")
+    config = to_config(composed)
+    axes = set(OmegaConf.load(CONF / "experiment" / f"{config.claim.name}.yaml").grid)
+    for axis in composed.grid:
+        if axis not in axes:
+            raise UserError(f"grid.{axis}: {config.claim.name} has no such axis; it has {', '.join(sorted(axes))}")
+    size = min(CATALOGUE[config.data.name].train_size, config.data.train_size or sys.maxsize)
+    if config.training.batch_size > size:
+        raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {size} training images of {config.data.name}")
+    return config
+
+
+def _experiments() -> dict[str, str]:
+    """Every experiment's name and title."""
+    files = sorted((CONF / "experiment").glob("*.yaml"))
+    return {file.stem: str(OmegaConf.load(file).claim.title) for file in files}
+
+
+def _listing() -> str:
+    experiments = _experiments()
+    width = max(map(len, experiments))
+    lines = [f"  {name:<{width}}  {title}" for name, title in experiments.items()]
+    return "\n".join(["python -m src.run experiment=NAME, one of", *lines, "python -m src.run --help lists groups and keys"])
+
+
+def _asks_only(arguments: list[str]) -> bool:
+    """Whether the command line asks about the configuration and runs nothing."""
+    return any(argument in ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version") for argument in arguments)
+
+
+def _complain(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: Exception) -> str:
+    """A composition error in one line, with the near match where there is one."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        near = difflib.get_close_matches(option, error.options, n=1, cutoff=0.4)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        return f"unknown {group} '{option}'; {hint}there are {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"can't read the argument {error.override!r}; write KEY=VALUE"
+    if key := re.match(r"Could not (?:override|append to config|delete from config)[^']*'?([\w./@]+)'?", str(error)):
+        return unknown_key(key[1].rstrip("."))
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Weights & Biases as a mirror of the run folder; `tracker=none` never imports it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from src.certificate import Certificate
+from src.config import Config
+
+
+class Tracker(Protocol):
+    """What a run tells while it goes and when it ends."""
+
+    def curve(self, name: str, history: pd.DataFrame) -> None:
+        """The curves of one training: a row an evaluation, with its step."""
+
+    def certificate(self, name: str, certificate: Certificate) -> None:
+        """A certificate: K_back, the values of every layer, the singular values of every layer as histograms."""
+
+    def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
+        """The verdicts, the figure as an image, the run folder as an artifact."""
+
+
+class Silent:
+    """Tracks nothing."""
+
+    def curve(self, name: str, history: pd.DataFrame) -> None:
+        """Nothing."""
+
+    def certificate(self, name: str, certificate: Certificate) -> None:
+        """Nothing."""
+
+    def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
+        """Nothing."""
+
+
+class WandB:
+    """Mirrors a run into Weights & Biases."""
+
+    def __init__(self, run: Any):
+        self.run = run
+
+    def curve(self, name: str, history: pd.DataFrame) -> None:
+        """Log every row under `curves/<name>/`."""
+        for row in history.to_dict("records"):
+            self.run.log({f"curves/{name}/{key}": value for key, value in row.items()})
+
+    def certificate(self, name: str, certificate: Certificate) -> None:
+        """Put K_back into the summary; log the layers as a table and their singular values as histograms."""
+        import wandb
+
+        for key, value in certificate.to_frame().drop(columns="sample").median().items():
+            self.run.summary[f"certificate/{name}/{key}"] = value
+        self.run.log({f"certificate/{name}/layers": wandb.Table(dataframe=certificate.layers)})
+        for stage, values in zip(certificate.severity["stage"], certificate.singular_values, strict=True):
+            self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(values.flatten().tolist())})
+
+    def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
+        """Log the verdicts as a table, the figure, and the folder."""
+        import wandb
+
+        text = verdicts.assign(interval=verdicts["interval"].map(str))
+        self.run.log({"verdicts": wandb.Table(dataframe=text), "figure": wandb.Image(str(folder / "figure.png"))})
+        artifact = wandb.Artifact(f"{folder.parts[-4]}-{self.run.id}", type="run-folder")
+        artifact.add_dir(str(folder))
+        self.run.log_artifact(artifact)
+
+
+@contextmanager
+def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
+    """The tracker of a run: group = experiment, job type = claim, name and id = the run's hash.
+
+    Args:
+        config: its `tracker.mode` is none, offline or online.
+        run_id: the hash of what decides the run's numbers.
+    """
+    if config.tracker.mode == "none":
+        yield Silent()
+        return
+    import wandb
+
+    directory = Path(config.results_dir)
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, save_code=False)
+    with wandb.init(
+        project=config.tracker.project,
+        entity=config.tracker.entity,
+        group=config.claim.name,
+        job_type=config.claim.heading,
+        name=run_id,
+        id=run_id,
+        mode=config.tracker.mode,
+        dir=directory,
+        config=asdict(config),
+        settings=settings,
+    ) as run:
+        yield WandB(run)

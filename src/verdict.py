@@ -1,0 +1,148 @@
+"""Verdicts: one form of a claim held against its criterion.
+
+A claim is tried in *cells*, one per condition: an estimate with its interval. A cell is inside the criterion's range
+[at_least, at_most] when its whole interval is, outside when its whole interval is, and open when the interval straddles a limit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from rich.markup import escape
+from rich.table import Table
+
+from src.config import Criterion
+from src.statistics import Estimate
+
+Word = Literal["holds", "holds_if", "refuted", "inconclusive"]
+INTERVAL = ["estimate", "lo", "hi", "n"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one form of a claim; one entry of verdicts.json."""
+
+    claim: str
+    form: str
+    statement: str
+    criterion: str
+    verdict: Word
+    condition: str | None
+    estimate: float | None
+    interval: tuple[float | None, float | None]
+    n: int
+    evidence: str
+
+
+def cell(estimate: Estimate, **condition: object) -> dict[str, object]:
+    """One cell: the condition's columns, then estimate, lo, hi, n."""
+    return {**condition, "estimate": estimate.value, "lo": estimate.lo, "hi": estimate.hi, "n": estimate.n}
+
+
+def judge_forms(claim: str, criteria: Mapping[str, Criterion], cells: Mapping[str, pd.DataFrame]) -> list[Verdict]:
+    """Judge every criterion of a claim on the cells of its name.
+
+    Raises: ValueError when criteria and cells don't bear the same names.
+    """
+    if set(criteria) != set(cells):
+        raise ValueError(f"{claim}: criteria {sorted(set(criteria) ^ set(cells))} stand on one side only, in the YAML or in the module")
+    return [decide(f"{claim}/{name}", criterion, cells[name]) for name, criterion in criteria.items()]
+
+
+def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
+    """Hold one form against its criterion.
+
+    Without a condition the form speaks of every cell: it holds when all are inside, is refuted by one outside.
+    With a condition it speaks of the cells that meet it: it is refuted by one of them outside; when all are inside it
+    `holds_if` the condition provided a cell that does not meet it is outside, and holds when all others are inside too.
+    Whatever is open, and a form without cells, is inconclusive.
+
+    Args:
+        claim: the claim's and the form's name, as printed.
+        criterion: the range, and the condition as a query over the cells' columns.
+        cells: a row a condition; columns of the condition, then estimate, lo, hi, n.
+
+    Returns: the verdict, with the cell that decided it as evidence.
+    """
+    low = -np.inf if criterion.at_least is None else criterion.at_least
+    high = np.inf if criterion.at_most is None else criterion.at_most
+    inside = (cells["lo"] >= low) & (cells["hi"] <= high)
+    outside = (cells["hi"] < low) | (cells["lo"] > high)
+    meets = pd.Series(True, cells.index)
+    if criterion.condition is not None:
+        meets &= cells.index.isin(cells.query(criterion.condition).index)
+
+    word: Word
+    if (meets & outside).any():
+        word, deciding = "refuted", meets & outside
+    elif not meets.any() or not inside[meets].all():
+        word, deciding = "inconclusive", meets & ~inside
+    elif inside.all():
+        word, deciding = "holds", meets
+    elif outside.any():
+        word, deciding = "holds_if", meets
+    else:
+        word, deciding = "inconclusive", ~inside
+    margin = np.minimum(cells["lo"] - low, high - cells["hi"])
+    if not deciding.any():
+        return _verdict(claim, criterion, word, None, "no cell meets the condition: nothing was measured")
+    worst = cells.loc[margin[deciding].idxmin()]
+    role = "counterexample" if word == "refuted" else "worst"
+    evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {role}: {_describe(worst)}"
+    if word == "holds_if":
+        evidence += f"; where the condition fails: {_describe(cells.loc[margin[outside].idxmin()])}"
+    return _verdict(claim, criterion, word, worst, evidence)
+
+
+def _verdict(claim: str, criterion: Criterion, word: Word, worst: pd.Series | None, evidence: str) -> Verdict:
+    estimate, lo, hi, n = (np.nan, -np.inf, np.inf, 0) if worst is None else (worst[column] for column in INTERVAL)
+    return Verdict(
+        claim=claim,
+        form=criterion.form,
+        statement=criterion.statement,
+        criterion=criterion.criterion,
+        verdict=word,
+        condition=criterion.condition,
+        estimate=_finite(estimate),
+        interval=(_finite(lo), _finite(hi)),
+        n=int(n),
+        evidence=evidence,
+    )
+
+
+def _describe(cell: pd.Series) -> str:
+    condition = ", ".join(f"{name}={_short(value)}" for name, value in cell.drop(INTERVAL).items())
+    return f"{condition}: {_short(cell['estimate'])} [{_short(cell['lo'])}, {_short(cell['hi'])}], n={int(cell['n'])}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_frame(verdicts: list[Verdict]) -> pd.DataFrame:
+    """Verdicts as a table, a row each."""
+    return pd.DataFrame([asdict(verdict) for verdict in verdicts])
+
+
+def to_table(verdicts: list[Verdict], title: str) -> Table:
+    """Verdicts as a rich table for the terminal."""
+    colour = {"holds": "green", "holds_if": "cyan", "refuted": "red", "inconclusive": "yellow"}
+    table = Table(title=title, show_lines=True)
+    for heading in ("claim", "form", "verdict", "estimate", "interval", "n", "evidence"):
+        table.add_column(heading, overflow="fold")
+    for v in verdicts:
+        interval = f"[{_short(v.interval[0])}, {_short(v.interval[1])}]"
+        word = v.verdict if v.verdict != "holds_if" else f"holds if {v.condition}"
+        name = v.claim.rpartition("/")[2]
+        cells = (name, v.form, f"[{colour[v.verdict]}]{escape(word)}[/]", _short(v.estimate), escape(interval), str(v.n), escape(v.evidence))
+        table.add_row(*cells)
+    return table
