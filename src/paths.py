@@ -1,0 +1,92 @@
+"""Depth and skip depth: how many weight layers a backward path passes, read off the traced graph."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+from torch import nn
+from torch.fx import Graph, Node, Tracer
+
+from src.errors import UserError
+
+MULTIPLIES = {
+    "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot",
+}  # fmt: skip
+CUTS_GRADIENT = {
+    "detach", "data", "shape", "size", "dim", "ndim", "numel", "dtype", "device", "argmax", "argmin", "zeros_like", "ones_like",
+    "rand_like", "randn_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
+}  # fmt: skip
+
+
+def path_lengths(module: nn.Module) -> tuple[int, int]:
+    """Count the weight layers on the shortest and the longest path that carries gradient from input to output.
+
+    Dynamic programming over the graph: length(v) = [v is a weight layer] + min or max of length(u) over the edges u → v.
+    A weight layer is a leaf module that owns a parameter of two or more dimensions, or a product of something that depends on the
+    input with such a parameter; a leaf counts once, whatever it holds. Paths through sizes and `detach` carry no gradient.
+
+    Raises: UserError where torch.fx cannot trace the module, or no gradient reaches its input.
+    """
+    root = nn.Sequential(module)  # so that a leaf stays one node
+    try:
+        graph = Tracer().trace(root)
+    except Exception as error:  # tracing runs the module's own code: anything may be raised
+        for part in module if isinstance(module, nn.Sequential) else ():
+            path_lengths(part)  # the part at fault names itself
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{_name(module)}: torch.fx cannot trace it ({cause}); take data-dependent control flow out of its forward"
+        ) from error
+    lengths = _lengths(graph, root)
+    output = next(node for node in graph.nodes if node.op == "output")
+    if output not in lengths:
+        raise UserError(f"{_name(module)}: no gradient reaches its input, for its output does not depend on it; check its forward")
+    return lengths[output]
+
+
+def skip_depth(stages: Iterable[nn.Module]) -> int:
+    """Count the fewest weight layers that a backward path passes from the loss to H_1: in stages 2 … L, whose shortest paths add."""
+    return path_lengths(_above_first(stages))[0]
+
+
+def depth(stages: Iterable[nn.Module]) -> int:
+    """Count the most weight layers that a backward path passes from the loss to H_1: in stages 2 … L, whose longest paths add."""
+    return path_lengths(_above_first(stages))[1]
+
+
+def _above_first(stages: Iterable[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(*islice(stages, 1, None))
+
+
+def _lengths(graph: Graph, root: nn.Module) -> dict[Node, tuple[int, int]]:
+    """Fewest and most weight layers between the input and every node that gradient leads back from to the input."""
+    modules, parameters = dict(root.named_modules(remove_duplicate=False)), dict(root.named_parameters(remove_duplicate=False))
+    lengths: dict[Node, tuple[int, int]] = {}
+    weights: set[Node] = set()  # what is computed from parameters of two or more dimensions alone
+    for node in graph.nodes:
+        paths = [lengths[source] for source in node.all_input_nodes if source in lengths]
+        if node.op == "placeholder":
+            lengths[node] = (0, 0)
+        elif node.op == "get_attr":
+            if node.target in parameters and parameters[node.target].ndim >= 2:
+                weights.add(node)
+        elif paths and _operation(node) not in CUTS_GRADIENT:
+            if node.op == "call_module":
+                passed = any(parameter.ndim >= 2 for parameter in modules[str(node.target)].parameters())
+            else:
+                passed = _operation(node) in MULTIPLIES and any(source in weights for source in node.all_input_nodes)
+            lengths[node] = (min(low for low, _ in paths) + passed, max(high for _, high in paths) + passed)
+        elif any(source in weights for source in node.all_input_nodes):
+            weights.add(node)
+    return lengths
+
+
+def _operation(node: Node) -> str:
+    """Name what a node calls: the same for `x.detach()` and `torch.detach(x)`; for an attribute, its name."""
+    if node.op == "call_function":
+        return node.args[1] if node.target is getattr else node.target.__name__  # type: ignore[return-value, union-attr]
+    return str(node.target)
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
