@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from src.statistics import Estimate, bootstrap_interval, paired_difference, slope, spread, t_interval
+from src.statistics import Estimate, bootstrap_interval, exactly, greatest, least, paired_difference, slope, t_interval
 
 T4 = 2.7764451051977987  # 97.5% point of Student's t at 4 degrees of freedom, from tables
 SAMPLE = [1.0, 2.0, 4.0, 7.0, 11.0]
@@ -167,16 +167,33 @@ def test_pairs_have_one_length(compare) -> None:
         compare([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
-def test_spread_is_every_draw() -> None:
-    assert spread(SAMPLE) == Estimate(4.0, 1.0, 11.0, 5, "median, every draw")
-    assert numbers(spread([-math.inf, 1.0, 2.0])) == (1.0, -math.inf, 2.0)
+def test_least_and_greatest_are_draws_known_exactly() -> None:
+    assert least(SAMPLE) == Estimate(1.0, 1.0, 1.0, 5, "least draw")
+    assert greatest(SAMPLE) == Estimate(11.0, 11.0, 11.0, 5, "greatest draw")
+    assert numbers(least([-math.inf, 1.0, 2.0])) == (-math.inf,) * 3
+    assert numbers(greatest([1.0, math.inf, 2.0])) == (math.inf,) * 3
+
+
+@few
+@given(samples)
+def test_the_greatest_is_minus_the_least_of_the_negatives(x: np.ndarray) -> None:
+    assert greatest(x).value == -least(-x).value
+    assert least(x).value <= t_interval(x).value + 1e-9
+    assert t_interval(x).value <= greatest(x).value + 1e-9
+
+
+def test_a_number_that_no_draw_decides_is_exact() -> None:
+    assert exactly(0.5) == Estimate(0.5, 0.5, 0.5, 1, "exact")
+    with pytest.raises(ValueError, match="1 of 1 values are NaN"):
+        exactly(math.nan)
 
 
 @pytest.mark.parametrize(
     "of",
     [
         t_interval,
-        spread,
+        least,
+        greatest,
         lambda x: bootstrap_interval(x, generator()),
         lambda x: slope(x, x),
         lambda x: slope(range(12), x),

@@ -1,0 +1,1 @@
+"""Trains by plain backpropagation, where a claim speaks of trainability."""

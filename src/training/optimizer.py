@@ -1,0 +1,29 @@
+"""The optimiser and the schedule of its learning rate, both PyTorch's."""
+
+import math
+
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from src.config import TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
+    """SGD with heavy-ball momentum, v ← μv + g, θ ← θ − lr·v, or Adam with β = (μ, 0.999); weight decay λ adds λθ to g."""
+    if config.optimizer == "adam":
+        return Adam(model.parameters(), config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+    return SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def build_schedule(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LambdaLR:
+    """The rate of step t = 0..T−1: lr·(1 + cos(πt/T))/2, or lr throughout.
+
+    Args:
+        optimizer: whose rate is set.
+        config: `schedule` is read.
+        steps: T, the steps that will be done.
+    """
+    if config.schedule == "constant":
+        return LambdaLR(optimizer, lambda t: 1.0)
+    return LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * t / steps)) / 2)
