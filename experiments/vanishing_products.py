@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from src import mean_field
 from src.certificate import certify
 from src.chain import cut
-from src.config import Criterion, ModelConfig
+from src.config import Activation, Criterion
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
 from src.locking import gradient_profile
@@ -46,7 +46,7 @@ QUANTITIES = {
 }
 
 # the networks whose bound is certified: tanh below, at and above its critical σw², ReLU at its own, a sigmoid, an orthogonal linear net
-BOUNDED = (
+BOUNDED: tuple[dict[str, Any], ...] = (
     {"activation": "tanh", "weight_var": 1.3},
     {"activation": "tanh", "weight_var": 1.761},
     {"activation": "tanh", "weight_var": 2.5},
@@ -54,13 +54,13 @@ BOUNDED = (
     {"activation": "sigmoid", "weight_var": 1.0, "bias_var": 0.0},
     {"activation": "linear", "weight_var": 1.0, "bias_var": 0.0, "init": "orthogonal"},
 )
-ACTIVATIONS = ("tanh", "relu", "sigmoid")
+ACTIVATIONS: tuple[Activation, ...] = ("tanh", "relu", "sigmoid")
 # σw² of the tanh nets whose depth scale is held against theory
 KNOWN_SCALE = (1.3, 1.7)
 # an unnormalised ReLU net far below its critical σw²: activations shrink forwards as the error signal does backwards
-HIDING = {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0}
+HIDING: dict[str, Any] = {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0}
 # ‖J_l‖ of two chains of scaled orthogonal layers: both below 1 everywhere, one of them uniformly
-SCALED = {"uniform": lambda layer: 0.9, "not uniform": lambda layer: 1 - 1 / (layer + 1) ** 2}
+SCALED: dict[str, Callable[[int], float]] = {"uniform": lambda layer: 0.9, "not uniform": lambda layer: 1 - 1 / (layer + 1) ** 2}
 SUPREMUM = {"uniform": 0.9, "not uniform": 1.0}
 
 
@@ -107,10 +107,11 @@ def _scaled_chains(context: Context) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def scale_layers(network: nn.Sequential, norm: Any) -> None:
+def scale_layers(network: nn.Sequential, norm: Callable[[int], float]) -> None:
     """Scale the weights of layer l by norm(l), l = 1…L."""
-    for layer, stage in enumerate(network, start=1):
-        stage.linear.weight.mul_(norm(layer))
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    for layer, linear in enumerate(linears, start=1):
+        linear.weight.mul_(norm(layer))
 
 
 def _profile_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
@@ -287,7 +288,12 @@ def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
     for edge in trainable_depths(rows).query("chi < 1").itertuples():
         lo, hi = edge.reached / edge.scale, edge.failed / edge.scale
         middle = np.sqrt(lo * hi) if np.isfinite(hi) else lo
-        cells.append(cell(Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not"), weight_var=edge.weight_var))
+        cells.append(
+            cell(
+                Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not"),
+                weight_var=edge.weight_var,
+            )
+        )
     return pd.DataFrame(cells)
 
 

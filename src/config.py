@@ -28,6 +28,7 @@ Variances = Annotated[list[NonNegative], Field(min_length=1)]
 Activation = Literal["tanh", "sigmoid", "relu", "linear"]
 Norm = Literal["none", "batch", "layer"]
 Skip = Literal["none", "original", "preactivation"]
+UNSET = cast(Any, None)
 ScaleName = Literal["smoke", "quick", "paper"]
 
 
@@ -142,18 +143,18 @@ class Criterion:
 
 @dataclass(frozen=True, config=STRICT)
 class Grid:
-    """The axes that experiments vary. An experiment's file sets those that it has; the rest are None."""
+    """The axes that experiments vary. An experiment's file sets those that it has and reads no other: the rest are None."""
 
-    seeds: Count | None = None  # random networks a setting
-    certified_seeds: Count | None = None  # of them certified
-    samples: Count | None = None  # inputs that a network is measured on
-    depths: Depths | None = None
-    rate_depth: Depth | None = None  # of the networks whose rate a layer is measured
-    weight_vars: Variances | None = None
-    branch_scales: Variances | None = None
-    train_seeds: Count | None = None
-    train_depths: Depths | None = None
-    train_weight_vars: Variances | None = None
+    seeds: Count = UNSET  # random networks a setting
+    certified_seeds: Count = UNSET  # of them certified
+    samples: Count = UNSET  # inputs that a network is measured on
+    depths: Depths = UNSET
+    rate_depth: Depth = UNSET  # of the networks whose rate a layer is measured
+    weight_vars: Variances = UNSET
+    branch_scales: Variances = UNSET
+    train_seeds: Count = UNSET
+    train_depths: Depths = UNSET
+    train_weight_vars: Variances = UNSET
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -142,7 +142,9 @@ def provenance_of(config: Config, data: Data, device: torch.device) -> dict[str,
         "command": f"python -m src.run {' '.join(sys.argv[1:])}",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in VERSIONED},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "data": data.name,
         "data_requested": data.requested,
         "data_sha256": data.sha256,

@@ -1,5 +1,7 @@
 """Run an experiment and tell its verdicts on the terminal."""
 
+import sys
+
 from rich.console import Console
 
 from src.config import Config
@@ -18,6 +20,7 @@ def run_and_report(config: Config) -> None:
 
         folder = run_experiment(config)
     verdicts = [Verdict(**{**entry, "interval": tuple(entry["interval"])}) for entry in folder.verdicts()]
-    console = Console()
+    # a file or a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(to_table(verdicts, title=f"{config.claim.title} ({config.data.name}, scale={config.scale.name}, seed {config.seed})"))
     console.print(f"{'already finished, force=true runs it again' if finished else 'run folder'}: {folder.path}", soft_wrap=True)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +64,7 @@ class RunFolder:
         """Raise UserError when the folder there belongs to another config."""
         there = self.path / "config.yaml"
         if self.path.exists() and (not there.exists() or _load_decisive(there) != decisive(self.config)):
-            raise UserError(f"{self.path}: holds a run of another config (see config.yaml there); move it away or choose another results_dir")
+            raise UserError(f"{self.path}: holds a run of another config (see its config.yaml); move it away or choose another results_dir")
 
     @contextmanager
     def running(self) -> Iterator["RunFolder"]:

@@ -85,7 +85,7 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
 
     directory = Path(config.results_dir)
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, save_code=False)
-    with wandb.init(
+    run = wandb.init(
         project=config.tracker.project,
         entity=config.tracker.entity,
         group=config.claim.name,
@@ -96,5 +96,10 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
         dir=directory,
         config=asdict(config),
         settings=settings,
-    ) as run:
+    )
+    failed = True
+    try:
         yield WandB(run)
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))

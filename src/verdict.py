@@ -85,7 +85,10 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
         word, deciding = "holds_if", meets
     else:
         word, deciding = "inconclusive", ~inside
-    margin = np.minimum(cells["lo"] - low, high - cells["hi"])
+    # how far the interval stays within the limits there are; an infinite limit leaves infinite room
+    below = cells["lo"] - low if np.isfinite(low) else pd.Series(np.inf, cells.index)
+    above = high - cells["hi"] if np.isfinite(high) else pd.Series(np.inf, cells.index)
+    margin = np.minimum(below, above)
     if not deciding.any():
         return _verdict(claim, criterion, word, None, "no cell meets the condition: nothing was measured")
     worst = cells.loc[margin[deciding].idxmin()]
@@ -137,12 +140,12 @@ def to_table(verdicts: list[Verdict], title: str) -> Table:
     """Verdicts as a rich table for the terminal."""
     colour = {"holds": "green", "holds_if": "cyan", "refuted": "red", "inconclusive": "yellow"}
     table = Table(title=title, show_lines=True)
-    for heading in ("claim", "form", "verdict", "estimate", "interval", "n", "evidence"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("form of the claim, and evidence", overflow="fold")
+    for heading in ("verdict", "estimate", "interval", "n"):
+        table.add_column(heading, overflow="fold", justify="left" if heading == "verdict" else "right")
     for v in verdicts:
-        interval = f"[{_short(v.interval[0])}, {_short(v.interval[1])}]"
+        name = f"[bold]{v.claim.rpartition('/')[2]}[/] ({v.form.replace('_', ' ')}): {escape(v.statement)}\n[dim]{escape(v.evidence)}[/]"
         word = v.verdict if v.verdict != "holds_if" else f"holds if {v.condition}"
-        name = v.claim.rpartition("/")[2]
-        cells = (name, v.form, f"[{colour[v.verdict]}]{escape(word)}[/]", _short(v.estimate), escape(interval), str(v.n), escape(v.evidence))
-        table.add_row(*cells)
+        interval = f"{_short(v.interval[0])} … {_short(v.interval[1])}"
+        table.add_row(name, f"[{colour[v.verdict]}]{escape(word)}[/]", _short(v.estimate), interval, str(v.n))
     return table

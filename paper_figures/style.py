@@ -1,0 +1,73 @@
+"""How figures look and how they become bytes: the same rows give the same bytes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDE = 7.2  # inches: two columns
+RC = {
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "backlock",
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "legend.title_fontsize": 6.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+
+@contextmanager
+def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of lettered panels, with a line on where its rows come from; a fallback data set is called out in red.
+
+    Args:
+        rows: what is drawn.
+        count: panels.
+        columns: panels in a line.
+        height: of a line of panels, inches.
+    """
+    with mpl.rc_context({**sns.axes_style("ticks"), **sns.plotting_context("paper"), **RC}), sns.color_palette("colorblind"):
+        lines = -(-count // columns)
+        figure = Figure(figsize=(WIDE, height * lines), layout="constrained")
+        axes = list(np.ravel(figure.subplots(lines, columns)))
+        for letter, axis in zip("abcdefghijkl", axes, strict=False):
+            axis.set_title(f"{letter}", loc="left", fontweight="bold")
+        yield figure, axes[:count]
+        for axis in axes[count:]:
+            axis.remove()
+        sns.despine(fig=figure)
+        figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if rows["fallback"].any() else "0.4", x=0.99, ha="right")
+
+
+def origin(rows: pd.DataFrame) -> str:
+    """Where rows come from, in one line."""
+    first = rows.iloc[0]
+    where = (
+        f"{first['data']}, {first['train_images']:,} training images, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
+    )
+    return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
+
+
+def to_bytes(figure: Figure, kind: Literal["png", "pdf", "svg"]) -> bytes:
+    """A figure as the bytes of a file, without the time it was made."""
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}[kind]
+    with mpl.rc_context(RC):
+        out = BytesIO()
+        figure.savefig(out, format=kind, metadata=metadata)
+    return out.getvalue()
