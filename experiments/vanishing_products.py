@@ -125,7 +125,7 @@ def _profile_rows(context: Context, network: nn.Sequential, where: Row) -> Itera
 def _rates(context: Context) -> Iterator[Row]:
     """χ and the gradient's own rate for every activation, σw² and seed."""
     config, grid = context.config, context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
+    inputs, _ = context.samples(context.data.test, grid.samples)
     settings = [(activation, weight_var) for activation in ACTIVATIONS for weight_var in grid.weight_vars]
     for activation, weight_var in context.progress(settings, "rates"):
         model = replace(config.model, activation=activation, weight_var=weight_var, depth=grid.rate_depth)
@@ -288,12 +288,8 @@ def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
     for edge in trainable_depths(rows).query("chi < 1").itertuples():
         lo, hi = edge.reached / edge.scale, edge.failed / edge.scale
         middle = np.sqrt(lo * hi) if np.isfinite(hi) else lo
-        cells.append(
-            cell(
-                Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not"),
-                weight_var=edge.weight_var,
-            )
-        )
+        bracket = Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not")
+        cells.append(cell(bracket, weight_var=edge.weight_var))
     return pd.DataFrame(cells)
 
 

@@ -31,10 +31,8 @@ def main() -> int:
     for name in arguments.names:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-            print(
-                f"error: no figure '{name}'; " + (f"did you mean {near[0]}? " if near else "") + f"there are {', '.join(NAMES)}",
-                file=sys.stderr,
-            )
+            hint = f"did you mean {near[0]}? " if near else ""
+            print(f"error: no figure '{name}'; {hint}there are {', '.join(NAMES)}", file=sys.stderr)
             return 2
     failures = 0
     for name in arguments.names or NAMES:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDE = 7.2  # inches: two columns
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
@@ -28,6 +28,7 @@ RC = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
 }
+THEME: dict[Any, Any] = {**sns.axes_style("ticks"), **sns.plotting_context("paper")}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
@@ -42,7 +43,7 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Itera
         columns: panels in a line.
         height: of a line of panels, inches.
     """
-    with mpl.rc_context({**sns.axes_style("ticks"), **sns.plotting_context("paper"), **RC}), sns.color_palette("colorblind"):
+    with mpl.rc_context(THEME | RC), sns.color_palette("colorblind"):
         lines = -(-count // columns)
         figure = Figure(figsize=(WIDE, height * lines), layout="constrained")
         axes = list(np.ravel(figure.subplots(lines, columns)))
@@ -58,9 +59,8 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Itera
 def origin(rows: pd.DataFrame) -> str:
     """Where rows come from, in one line."""
     first = rows.iloc[0]
-    where = (
-        f"{first['data']}, {first['train_images']:,} training images, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
-    )
+    images = f"{first['data']}, {first['train_images']:,} training images"
+    where = f"{images}, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
 
 

@@ -115,17 +115,8 @@ def _profiles(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _edge(axis: Axes, rows: pd.DataFrame) -> None:
     accuracy = pick(rows, "train_accuracy", part="edge").groupby(["depth", "weight_var"])["value"].mean().unstack()
-    sns.heatmap(
-        accuracy.iloc[::-1],
-        ax=axis,
-        cmap="cividis",
-        vmin=0,
-        vmax=1,
-        annot=True,
-        fmt=".2f",
-        annot_kws={"size": 6},
-        cbar_kws={"label": "train accuracy"},
-    )
+    colours = {"cmap": "cividis", "vmin": 0, "vmax": 1, "cbar_kws": {"label": "train accuracy"}}
+    sns.heatmap(accuracy.iloc[::-1], ax=axis, annot=True, fmt=".2f", annot_kws={"size": 6}, **colours)
     depths = np.log2(accuracy.index.to_numpy())
     for column, edge in enumerate(trainable_depths(rows).itertuples()):
         if edge.chi < 1:

@@ -76,7 +76,7 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
     twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
         if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
         if isinstance(module, _BatchNorm):
             _prepare_batch_norm(name, module, batch_norm)
     chain = _group(twin, stages)

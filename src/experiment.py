@@ -142,15 +142,19 @@ def provenance_of(config: Config, data: Data, device: torch.device) -> dict[str,
         "command": f"python -m src.run {' '.join(sys.argv[1:])}",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in VERSIONED},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": _device_name(device),
         "data": data.name,
         "data_requested": data.requested,
         "data_sha256": data.sha256,
         "seed": config.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, object]) -> dict[str, object]:

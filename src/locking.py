@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vmap
 
 from src.chain import Chain, require_finite
 from src.errors import UserError
-from src.jacobian.materialised import parameter_gradients
+from src.jacobian.materialised import parameter_gradients, transpose
 from src.spectrum import spectrum
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +38,8 @@ class ErrorSignal:
 
     def pull_back(self, stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> "ErrorSignal":
         """g_{l−1} = J_lᵀ g_l."""
-        (covectors,) = vjp(stage, inputs)[1](self.direction)
-        return ErrorSignal.of(covectors, self.log_norm)
+        _, pull_back = transpose(stage, inputs)
+        return ErrorSignal.of(pull_back(self.direction), self.log_norm)
 
     def relative(self) -> Float[Tensor, "n d"]:
         """The samples' signals as rows, all divided by the norm of the longest."""
@@ -203,7 +203,8 @@ def saturation(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor
 def _slope(activation: nn.Module, z: Tensor) -> Tensor:
     """|φ'(z)|, unit by unit."""
     # forward, not a call, so that no hook sees it
-    return vjp(activation.forward, z)[1](torch.ones_like(z))[0].abs()
+    _, pull_back = transpose(activation.forward, z)
+    return pull_back(torch.ones_like(z)).abs()
 
 
 def _largest_slope(activation: nn.Module, z: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 
 from src.config import Config
 from src.errors import UserError
@@ -26,9 +27,16 @@ from src.errors import UserError
 INDECISIVE = ("results_dir", "force", "device", "tracker", "claim")
 
 
+def to_plain(config: Config) -> dict[str, Any]:
+    """A config as plain containers, without the axes that its experiment has not."""
+    plain = asdict(config)
+    plain["grid"] = {axis: value for axis, value in plain["grid"].items() if value is not None}
+    return plain
+
+
 def decisive(config: Config) -> dict[str, Any]:
     """The part of a config that decides the numbers, as plain containers."""
-    plain = {key: value for key, value in asdict(config).items() if key not in INDECISIVE}
+    plain = {key: value for key, value in to_plain(config).items() if key not in INDECISIVE}
     plain["experiment"] = config.claim.name
     plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("root", "mirrors", "fallback")}
     return plain
@@ -108,7 +116,7 @@ class RunFolder:
 
     def _begin(self) -> "RunFolder":
         self.path.mkdir()
-        self.write("config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True))
+        self.write("config.yaml", OmegaConf.to_yaml(to_plain(self.config)))
         self.write_json("status.json", {"status": "running", "pid": os.getpid()})
         return self
 
@@ -159,10 +167,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _load_decisive(path: Path) -> dict[str, Any] | None:
-    from pydantic import TypeAdapter
-
     try:
-        return decisive(TypeAdapter(Config).validate_python(yaml.safe_load(path.read_text())))
+        return decisive(TypeAdapter(Config).validate_python(OmegaConf.to_container(OmegaConf.load(path))))
     except ValueError:
         return None
 

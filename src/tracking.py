@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import pandas as pd
 
 from src.certificate import Certificate
 from src.config import Config
+from src.results import to_plain
 
 
 class Tracker(Protocol):
@@ -94,7 +94,7 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
         id=run_id,
         mode=config.tracker.mode,
         dir=directory,
-        config=asdict(config),
+        config=to_plain(config),
         settings=settings,
     )
     failed = True

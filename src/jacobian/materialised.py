@@ -3,6 +3,9 @@
 A pass backwards with every unit covector at once: row i of J is eᵢᵀJ (Griewank & Walther 2008, section 3.2).
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,6 +13,17 @@ from torch.func import functional_call, vjp, vmap
 
 # covectors pulled back at once are held to about this much memory
 CHUNK_BYTES = 2**28
+
+
+def transpose(function: Callable[[Any], Tensor], point: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """f(x), and the transpose of its derivative there: v ↦ vᵀ ∂f/∂x.
+
+    Args:
+        function: f.
+        point: x, a tensor or a dictionary of tensors.
+    """
+    outputs, pull_back = cast(tuple[Tensor, Callable[[Tensor], tuple[Any]]], vjp(function, point))
+    return outputs, lambda covector: pull_back(covector)[0]
 
 
 def layer_jacobian(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n m d"]:
@@ -21,10 +35,10 @@ def layer_jacobian(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Te
 
     Returns: N matrices of m×d, in the inputs' dtype.
     """
-    outputs, pull_back = vjp(stage, inputs)
+    outputs, pull_back = transpose(stage, inputs)
     n, m = outputs.shape[0], outputs[0].numel()
     basis = torch.eye(m, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(m, n, m).reshape(m, *outputs.shape)
-    (rows,) = vmap(pull_back, chunk_size=_chunk(inputs.numel(), inputs.dtype))(basis)
+    rows = vmap(pull_back, chunk_size=_chunk(inputs.numel(), inputs.dtype))(basis)
     return rows.reshape(m, n, -1).transpose(0, 1)
 
 
@@ -39,7 +53,7 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
 
     Returns: N norms, in the inputs' dtype.
     """
-    parameters = dict(stage.named_parameters())
+    parameters: dict[str, Tensor] = dict(stage.named_parameters())
     if not parameters:
         return inputs.new_zeros(len(inputs))
     return torch.stack([torch.linalg.eigvalsh(_gram(stage, parameters, sample))[-1].clamp(min=0).sqrt() for sample in inputs.split(1)])
@@ -47,12 +61,12 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
 
 def _gram(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, "m m"]:
     """PPᵀ of one sample."""
-    outputs, pull_back = vjp(lambda parameters: functional_call(stage, parameters, (sample,)).flatten(), parameters)
+    outputs, pull_back = transpose(lambda parameters: functional_call(stage, parameters, (sample,)).flatten(), parameters)
     # P is the transpose of the linear map u ↦ uᵀP; forward mode would compile decompositions first
-    _, push_forward = vjp(lambda covector: pull_back(covector)[0], torch.zeros_like(outputs))
+    _, push_forward = transpose(pull_back, torch.zeros_like(outputs))
 
     def column(covector: Tensor) -> Tensor:
-        return push_forward(pull_back(covector)[0])[0]
+        return push_forward(pull_back(covector))
 
     size = sum(parameter.numel() for parameter in parameters.values())
     return vmap(column, chunk_size=_chunk(size, sample.dtype))(torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
@@ -68,13 +82,13 @@ def parameter_gradients(stage: nn.Module, inputs: Float[Tensor, "n ..."], covect
 
     Returns: a row a sample, parameters flattened in the order of `named_parameters`.
     """
-    parameters = dict(stage.named_parameters())
+    parameters: dict[str, Tensor] = dict(stage.named_parameters())
     if not parameters:
         return inputs.new_zeros(len(inputs), 0)
 
     def gradient(sample: Tensor, covector: Tensor) -> Tensor:
-        _, pull_back = vjp(lambda parameters: functional_call(stage, parameters, (sample.unsqueeze(0),)), parameters)
-        (gradients,) = pull_back(covector.unsqueeze(0))
+        _, pull_back = transpose(lambda parameters: functional_call(stage, parameters, (sample.unsqueeze(0),)), parameters)
+        gradients = pull_back(covector.unsqueeze(0))
         return torch.cat([gradients[name].flatten() for name in parameters])
 
     return vmap(gradient)(inputs, covectors)
