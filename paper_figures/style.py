@@ -12,6 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from src.statistics import t_interval
+
 WIDE = 7.2  # inches: two columns
 RC: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -62,6 +64,12 @@ def origin(rows: pd.DataFrame) -> str:
     images = f"{first['data']}, {first['train_images']:,} training images"
     where = f"{images}, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
+
+
+def t_error(values: np.ndarray) -> tuple[float, float]:
+    """The 95% t-interval, for seaborn: its own bootstrap covers too little at few seeds."""
+    interval = t_interval(values)
+    return interval.lo, interval.hi
 
 
 def to_bytes(figure: Figure, kind: Literal["png", "pdf", "svg"]) -> bytes:

@@ -148,7 +148,9 @@ class Grid:
     seeds: Count = UNSET  # random networks a setting
     certified_seeds: Count = UNSET  # of them certified
     samples: Count = UNSET  # inputs that a network is measured on
+    calibration: Count = UNSET  # training images that set the statistics of batch normalisation
     depths: Depths = UNSET
+    block_depth: Depth = UNSET  # of the networks measured block by block
     rate_depth: Depth = UNSET  # of the networks whose rate a layer is measured
     weight_vars: Variances = UNSET
     branch_scales: Variances = UNSET

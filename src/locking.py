@@ -41,6 +41,10 @@ class ErrorSignal:
         _, pull_back = transpose(stage, inputs)
         return ErrorSignal.of(pull_back(self.direction), self.log_norm)
 
+    def log_rms(self) -> float:
+        """½ ln mean_n ‖g_n‖², nats."""
+        return log_rms(self.log_norm)
+
     def relative(self) -> Float[Tensor, "n d"]:
         """The samples' signals as rows, all divided by the norm of the longest."""
         longest = self.log_norm.max()
@@ -116,15 +120,15 @@ def gradient_profile(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tens
             {
                 "index": link.index,
                 "stage": link.name,
-                "log_error_norm": _log_rms(link.signal.log_norm),
-                "log_grad_norm": _log_rms(gradients.norm(dim=1).log() + link.signal.log_norm),
+                "log_error_norm": link.signal.log_rms(),
+                "log_grad_norm": log_rms(gradients.norm(dim=1).log() + link.signal.log_norm),
                 "state_square": float(outputs.square().mean()),
             }
         )
     return pd.DataFrame(rows[::-1])
 
 
-def _log_rms(log_norms: Float[Tensor, " n"]) -> float:
+def log_rms(log_norms: Float[Tensor, " n"]) -> float:
     """½ ln mean exp(2 log_norm)."""
     return float((2 * log_norms).logsumexp(0) - math.log(len(log_norms))) / 2
 

@@ -10,8 +10,9 @@ from src.models.convolutional import cifar, vgg
 from src.models.dense import mlp, residual_mlp
 from src.models.layers import Layers
 from src.models.residual import Residual
+from src.models.statistics import calibrate
 
-__all__ = ["Residual", "build"]
+__all__ = ["Residual", "build", "calibrate"]
 
 FAMILIES = {"mlp": mlp, "residual_mlp": residual_mlp, "cifar": cifar, "vgg": vgg}
 

@@ -1,4 +1,6 @@
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +40,12 @@ def archives(tmp_path: Path) -> Path:
 def server(archives: Path) -> Iterator[tiny.Server]:
     with tiny.serve(archives) as state:
         yield state
+
+
+@pytest.fixture
+def refusals() -> Iterator[None]:
+    """For requests that are refused: torchvision leaves their sockets to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "unclosed <socket", ResourceWarning)
+        yield
+        gc.collect()

@@ -67,6 +67,7 @@ def test_a_deleted_file_is_fetched_again(source: Source, tmp_path: Path, server:
     assert_fetched(source, root)
 
 
+@pytest.mark.usefixtures("refusals")
 def test_mirrors_are_tried_in_turn(source: Source, tmp_path: Path, server: tiny.Server) -> None:
     fetch(source, tmp_path / "root", [NOWHERE, server.url + "nothing/here/", "file:///nothing/here/", server.url])
     assert_fetched(source, tmp_path / "root")

@@ -27,6 +27,7 @@ def test_fetches_to_a_named_root(source: Source, conf: Path) -> None:
     assert (conf / "other/MNIST/raw/train-images-idx3-ubyte").is_file()
 
 
+@pytest.mark.usefixtures("refusals")
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
     source: Source, conf: Path, archives: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,244 @@
+"""Step 5, skip connections: what the identity path guarantees, and what residual chains gain over plain ones of equal size.
+
+Plain, original and pre-activation residual MLPs (He et al. 2016, CVPR and ECCV) of equal depth and parameters: the residual gradient
+equation, σ_min(I+J) against 1−‖J‖, gradients end to end, the growth of Var(x_l) with and without normalisation (De & Smith 2020),
+and the accuracy gap against depth, at initialisation and after training.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from src.chain import cut
+from src.config import Criterion, ModelConfig, Norm, Skip
+from src.experiment import Context, network_columns
+from src.jacobian.materialised import layer_jacobian, transpose
+from src.locking import walk_back
+from src.models import Residual, calibrate
+from src.rows import pick
+from src.spectrum import spectrum
+from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
+from src.training.loop import train
+from src.verdict import Verdict, cell, judge_forms
+
+Row = dict[str, Any]
+
+QUANTITIES = {
+    "equation_error": "‖g_{l−1} − (I+J)ᵀg_l‖ / ‖g_l‖ with J of the branch, the worst sample of a block",
+    "branch_norm": "‖J‖ of the branch, the largest of a block's samples",
+    "sigma_min": "σ_min of the block's own Jacobian, the smallest of its samples",
+    "weyl_slack": "σ_min(I+J) − (1−‖J‖) of a pre-activation block, the smallest of its samples",
+    "gradient_kept": "‖g_{l−1}‖/‖g_l‖ over a block, the smallest of its samples",
+    "flow": "½ ln mean ‖g‖² behind the first stage minus before the last, nats: 0 where the gradient passes unchanged",
+    "second_moment": "mean x_l² over images and units behind block l, in units of its value before the first block",
+    "added_variance": "mean x_l² behind block l minus its value before the first block",
+    "train_accuracy": "share of training images told right",
+    "test_accuracy": "share of test images told right",
+    "diverged": "1 where the training diverged, else 0",
+}
+SKIPS: tuple[Skip, ...] = ("none", "original", "preactivation")
+NORMS: tuple[Norm, ...] = ("none", "batch")
+
+
+def measure(context: Context) -> pd.DataFrame:
+    """Measure every part of the claim; one row a measurement."""
+    parts = (_blocks, _cancelled_identity, _flows, _moments, _trainings)
+    return pd.DataFrame([row for part in parts for row in part(context)])
+
+
+def _dense(context: Context, **changes: Any) -> ModelConfig:
+    """A residual MLP of the configured width: what small exact Jacobians are measured on, whatever is trained."""
+    return replace(context.config.model, family="residual_mlp", **changes)
+
+
+def _network(context: Context, model: ModelConfig, seed: int) -> nn.Sequential:
+    """A random network whose BatchNorm statistics are those of a batch of training images."""
+    network = context.network(model, seed)
+    calibrate(network, context.samples(context.data.train, context.config.grid.calibration)[0])
+    return network
+
+
+def _blocks(context: Context) -> Iterator[Row]:
+    """Block by block at initialisation: the residual gradient equation, σ_min(I+J), ‖J‖, and the gradient that is kept."""
+    grid = context.config.grid
+    settings = [(skip, scale) for skip in ("original", "preactivation") for scale in grid.branch_scales]
+    for skip, scale in context.progress(settings, "blocks"):
+        model = _dense(context, skip=skip, branch_scale=scale, depth=grid.block_depth)
+        for seed in range(grid.certified_seeds):
+            where = {"part": "block", **network_columns(model, seed)}
+            yield from _block_rows(context, _network(context, model, seed), where)
+
+
+def _block_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
+        if not isinstance(link.stage, Residual):
+            continue
+        at = {**where, "layer": link.index}
+        branch, block = layer_jacobian(link.stage.branch, link.inputs), layer_jacobian(link.stage, link.inputs)
+        norm, sigma_min = spectrum(branch).norm, spectrum(block).smallest
+        stated = link.signal.direction + transpose(link.stage.branch, link.inputs)[1](link.signal.direction)
+        kept = (link.signal_before.log_norm - link.signal.log_norm).exp()
+        error = (stated - link.signal_before.direction * kept.unsqueeze(1)).norm(dim=1)
+        yield {"quantity": "equation_error", "value": float(error.max()), **at}
+        yield {"quantity": "branch_norm", "value": float(norm.max()), **at}
+        yield {"quantity": "sigma_min", "value": float(sigma_min.min()), **at}
+        yield {"quantity": "gradient_kept", "value": float(kept.min()), **at}
+        if where["skip"] == "preactivation":
+            yield {"quantity": "weyl_slack", "value": float((sigma_min - (1 - norm)).min()), **at}
+
+
+def _cancelled_identity(context: Context) -> Iterator[Row]:
+    """The counterexample: one block whose branch has J = −I."""
+    model = _dense(context, skip="preactivation", norm="none", depth=4)
+    network = context.network(model, 0)
+    network.block1 = cancelled_block(model.width).to(context.device)
+    yield from _block_rows(context, network, {"part": "cancelled", **network_columns(model, 0)})
+
+
+def cancelled_block(width: int) -> Residual:
+    """X + (1 − x): a residual block with J = −I, constant in x."""
+    branch = nn.Linear(width, width)
+    with torch.no_grad():
+        branch.weight.copy_(-torch.eye(width))
+        branch.bias.fill_(1.0)
+    return Residual(branch, nn.Identity(), nn.Identity())
+
+
+def _flows(context: Context) -> Iterator[Row]:
+    """How much of the gradient reaches the first stage, for the three chains at equal depth and parameters."""
+    grid = context.config.grid
+    # under batch normalisation the scale of the weights does not matter
+    gains = [("none", weight_var) for weight_var in grid.weight_vars] + [("batch", 2.0)]
+    models = [
+        _dense(context, skip=skip, norm=norm, weight_var=weight_var, depth=depth)
+        for norm, weight_var in gains
+        for depth in grid.depths
+        for skip in SKIPS
+    ]
+    for model in context.progress(models, "gradients end to end"):
+        for seed in range(grid.seeds):
+            where = {"part": "flow", "when": "initial", **network_columns(model, seed)}
+            yield {"quantity": "flow", "value": flow(context, _network(context, model, seed)), **where}
+
+
+def flow(context: Context, network: nn.Sequential) -> float:
+    """½ ln mean_n ‖g_1‖² − ½ ln mean_n ‖g_{L−1}‖², between the first stage and the readout."""
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    chain = cut(network, None, torch.float64, "eval")
+    signals = [link.signal for link in walk_back(chain, inputs.double(), targets, cross_entropy)]
+    return signals[-1].log_rms() - signals[1].log_rms()
+
+
+def _moments(context: Context) -> Iterator[Row]:
+    """How x_l² grows along pre-activation chains with σw² = 2, with and without normalisation."""
+    grid = context.config.grid
+    batch, _ = context.samples(context.data.train, grid.calibration)
+    for norm in NORMS:
+        model = _dense(context, skip="preactivation", norm=norm, weight_var=2.0, depth=max(grid.depths))
+        for seed in range(grid.seeds):
+            chain = cut(_network(context, model, seed), None, torch.float64, "eval")
+            squares = [float(state.square().mean()) for state in chain.states(batch.double())[1:-1]]
+            for block, square in enumerate(squares[1:], start=1):
+                where = {"part": "moment", "layer": block, **network_columns(model, seed)}
+                yield {"quantity": "second_moment", "value": square / squares[0], **where}
+                yield {"quantity": "added_variance", "value": square - squares[0], **where}
+
+
+def _trainings(context: Context) -> Iterator[Row]:
+    """The three chains trained alike, with their gradients before and after."""
+    config, grid = context.config, context.config.grid
+    models = [replace(config.model, skip=skip, depth=depth) for depth in grid.train_depths for skip in SKIPS]
+    for model in context.progress(models, "trainings"):
+        for seed in range(grid.train_seeds):
+            network = _network(context, model, seed)
+            where = {"part": "training", **network_columns(model, seed)}
+            yield {"quantity": "flow", "value": flow(context, network), "when": "initial", **where}
+            outcome = train(network, context.data, config.training, context.generator("order", seed))
+            context.tracker.curve(f"{model.skip}, depth {model.depth}, seed {seed}", outcome.history)
+            last = outcome.history.iloc[-1]
+            yield {"quantity": "train_accuracy", "value": float(last["train_accuracy"]), **where}
+            yield {"quantity": "test_accuracy", "value": float(last["test_accuracy"]), **where}
+            yield {"quantity": "diverged", "value": float(outcome.status == "diverged"), **where}
+            if outcome.status == "finished":
+                yield {"quantity": "flow", "value": flow(context, network), "when": "trained", **where}
+                if model.family == "residual_mlp" and model.depth == min(grid.train_depths):
+                    yield from _block_rows(context, network, {**where, "part": "trained block"})
+
+
+def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
+    """Hold every form of the claim against its criterion."""
+    cells = {
+        "gradient_equation": _by_branch(rows, "equation_error", greatest),
+        "identity_ensures_flow": _by_branch(rows, "gradient_kept", least),
+        "weyl_bound": _by_branch(rows, "weyl_slack", least),
+        "guaranteed_flow": _by_branch(rows, "sigma_min", least).query("skip == 'preactivation'"),
+        "maintains_flow": _flow_cells(rows),
+        "flow_against_plain": _flow_gap(rows),
+        "added_variance": _added_variance(rows),
+        "doubling": _doubling(rows),
+        "preactivation_gap": _accuracy_gap(rows, "preactivation"),
+        "original_gap": _accuracy_gap(rows, "original"),
+        "flow_after_training": _trained_flow(rows),
+    }
+    return judge_forms("residual_unlock", criteria, cells)
+
+
+def _by_branch(rows: pd.DataFrame, quantity: str, bound: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
+    """The extreme of a quantity over all blocks, samples and seeds of a kind of block, beside the largest ‖J‖ among them."""
+    keys = ["part", "skip", "branch_scale"]
+    norms = pick(rows, "branch_norm").groupby(keys)["value"].max()
+    extremes = pick(rows, quantity).groupby(keys)["value"]
+    return pd.DataFrame([cell(bound(values), **dict(zip(keys, at, strict=True)), branch_norm=norms[at]) for at, values in extremes])
+
+
+def _flow_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """|flow| of residual chains at initialisation, over seeds."""
+    keys = ["skip", "norm", "weight_var", "depth"]
+    flows = pick(rows, "flow", part="flow").query("skip != 'none'").groupby(keys)["value"]
+    return pd.DataFrame([cell(t_interval(values.abs()), **dict(zip(keys, at, strict=True))) for at, values in flows])
+
+
+def _flow_gap(rows: pd.DataFrame) -> pd.DataFrame:
+    """|flow| of the plain chain minus that of the pre-activation chain, paired by seed."""
+    keys = ["norm", "weight_var", "depth"]
+    cells = []
+    for at, values in pick(rows, "flow", part="flow").groupby(keys):
+        flows = values.pivot(index="net_seed", columns="skip", values="value").abs()
+        cells.append(cell(paired_difference(flows["none"], flows["preactivation"]), **dict(zip(keys, at, strict=True))))
+    return pd.DataFrame(cells)
+
+
+def _added_variance(rows: pd.DataFrame) -> pd.DataFrame:
+    """(mean x_l² − mean x_0²)/l of normalised chains, over seeds, at every doubling of l."""
+    growth = pick(rows, "added_variance", norm="batch")
+    doublings = growth[np.log2(growth["layer"]) % 1 == 0].groupby("layer")
+    return pd.DataFrame([cell(t_interval(values["value"] / layer), block=int(layer)) for layer, values in doublings])
+
+
+def _doubling(rows: pd.DataFrame) -> pd.DataFrame:
+    """The slope of log₂ mean x_l² a block of chains without normalisation, over seeds."""
+    growth = pick(rows, "second_moment", norm="none").groupby("net_seed")[["layer", "value"]]
+    slopes = growth.apply(lambda net: slope(net["layer"], np.log2(net["value"])).value)
+    return pd.DataFrame([cell(t_interval(slopes), norm="none", weight_var=2.0)])
+
+
+def _accuracy_gap(rows: pd.DataFrame, skip: Skip) -> pd.DataFrame:
+    """Test accuracy with the skips minus without, paired by seed."""
+    cells = []
+    for depth, values in pick(rows, "test_accuracy", part="training").groupby("depth"):
+        accuracy = values.pivot(index="net_seed", columns="skip", values="value")
+        cells.append(cell(paired_difference(accuracy[skip], accuracy["none"]), depth=int(depth)))
+    return pd.DataFrame(cells)
+
+
+def _trained_flow(rows: pd.DataFrame) -> pd.DataFrame:
+    """|flow| of trained chains, over seeds."""
+    flows = pick(rows, "flow", part="training", when="trained").groupby(["skip", "depth"])["value"]
+    return pd.DataFrame([cell(t_interval(values.abs()), skip=skip, depth=int(depth)) for (skip, depth), values in flows])

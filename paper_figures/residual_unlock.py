@@ -1,0 +1,104 @@
+"""Figure and table of residual_unlock: σ_min(I+J), gradients end to end, growth of x_l², accuracy against depth."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper_figures.style import DASHES, MARKERS, panels, t_error
+from src.rows import pick
+
+NAMES = {"none": "plain", "original": "original", "preactivation": "pre-activation"}
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Six panels: σ_min(I+J), gradients end to end without and with BN, growth of x_l², accuracy, gradients after training."""
+    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
+        _sigma_min(axes[0], rows)
+        _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no normalisation, σw² = 1")
+        _flow(axes[2], pick(rows, "flow", part="flow", norm="batch"), "BatchNorm")
+        _growth(axes[3], rows)
+        _accuracy(axes[4], rows)
+        _flow(axes[5], pick(rows, "flow", part="training", when="trained"), "after training")
+    return figure
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and end-to-end gradient of the three chains at every trained depth, mean over seeds."""
+    training = rows[rows["part"] == "training"]
+    lines = []
+    for (depth, skip), nets in training.groupby(["depth", "skip"]):
+        flows = pick(nets, "flow").groupby("when")["value"].mean()
+        test = pick(nets, "test_accuracy")["value"]
+        lines.append(
+            {
+                "depth": int(depth),
+                "chain": NAMES[str(skip)],
+                "test accuracy": test.mean(),
+                "least": test.min(),
+                "greatest": test.max(),
+                "train accuracy": pick(nets, "train_accuracy")["value"].mean(),
+                "ln ‖g_1‖/‖g_{L−1}‖ initial": flows.get("initial", np.nan),
+                "trained": flows.get("trained", np.nan),
+                "diverged": int(pick(nets, "diverged")["value"].sum()),
+                "seeds": len(test),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _sigma_min(axis: Axes, rows: pd.DataFrame) -> None:
+    blocks = rows[rows["part"].isin(["block", "cancelled"]) & (rows["skip"] == "preactivation")]
+    keys = ["part", "branch_scale", "net_seed", "layer"]
+    wide = blocks.pivot(index=keys, columns="quantity", values="value").reset_index()
+    random, cancelled = wide[wide["part"] == "block"], wide[wide["part"] == "cancelled"]
+    axis.plot(random["branch_norm"], random["sigma_min"], linestyle="none", marker="o", alpha=0.5, label="random blocks")
+    axis.plot(cancelled["branch_norm"], cancelled["sigma_min"], linestyle="none", marker="X", color="C3", markersize=7, label="J = −I")
+    norms = np.geomspace(min(random["branch_norm"].min(), 0.1), 1, 50)
+    axis.plot(norms, 1 - norms, color="k", linewidth=0.9, label="1 − ‖J‖")
+    axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    axis.set(xlabel="largest ‖J‖ of the branch", ylabel="least σ_min(I + J)")
+    axis.set_title("one point a block")
+    axis.legend(loc="lower left")
+
+
+def _flow(axis: Axes, flows: pd.DataFrame, title: str) -> None:
+    _by_skip(axis, flows)
+    axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
+    axis.set_title(title)
+    axis.legend()
+
+
+def _growth(axis: Axes, rows: pd.DataFrame) -> None:
+    plain = pick(rows, "second_moment", part="moment", norm="none")
+    normalised = pick(rows, "added_variance", part="moment", norm="batch")
+    blocks = np.arange(1, plain["layer"].max() + 1)
+    curves = ((plain, 2.0**blocks, "no normalisation"), (normalised.assign(value=1 + normalised["value"]), 1 + blocks, "BN–ReLU–W"))
+    for k, (growth, prediction, label) in enumerate(curves):
+        axis.plot(growth["layer"], growth["value"], ".", color=f"C{k}", alpha=0.3, markersize=2)
+        mean = np.log(growth["value"]).groupby(growth["layer"]).mean()
+        axis.plot(mean.index, np.exp(mean), DASHES[k], color=f"C{k}", label=label)
+        axis.plot(blocks, prediction, color="k", linewidth=0.7)
+    axis.set_yscale("log")
+    axis.set(xlabel="block l", ylabel="mean x_l²")
+    axis.set_title("black: 2^l and 1 + l")
+    axis.legend(loc="upper left")
+
+
+def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
+    _by_skip(axis, pick(rows, "test_accuracy", part="training"))
+    axis.set(xlabel="depth L (weight layers)", ylabel="test accuracy", ylim=(0, 1))
+    axis.set_title("short training with BN")
+    axis.legend(loc="lower left")
+
+
+def _by_skip(axis: Axes, values: pd.DataFrame) -> None:
+    """A line a chain with its 95% t-interval, and every seed as a point."""
+    for k, (skip, name) in enumerate(NAMES.items()):
+        nets = values[values["skip"] == skip]
+        axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
+        sns.lineplot(nets, x="depth", y="value", ax=axis, color=f"C{k}", linestyle=DASHES[k], errorbar=t_error, label=name)
+    axis.set_xscale("log", base=2)
