@@ -239,6 +239,6 @@ def _accuracy_gap(rows: pd.DataFrame, skip: Skip) -> pd.DataFrame:
 
 
 def _trained_flow(rows: pd.DataFrame) -> pd.DataFrame:
-    """|flow| of trained chains, over seeds."""
-    flows = pick(rows, "flow", part="training", when="trained").groupby(["skip", "depth"])["value"]
-    return pd.DataFrame([cell(t_interval(values.abs()), skip=skip, depth=int(depth)) for (skip, depth), values in flows])
+    """|flow| of trained pre-activation chains, over seeds."""
+    flows = pick(rows, "flow", part="training", when="trained", skip="preactivation").groupby("depth")["value"]
+    return pd.DataFrame([cell(t_interval(values.abs()), depth=int(depth)) for depth, values in flows])

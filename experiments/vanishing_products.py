@@ -2,7 +2,7 @@
 
 Measured on random MLPs and real images: the product bound as stated and with the parameter Jacobian it omits; chains with ‖J_l‖ < 1
 whose product stays; the growth χ of ‖g_l‖² a layer and its depth scale ξ = −1/ln χ against mean-field theory (Poole et al. 2016;
-Schoenholz et al. 2017); the depth to which short training reaches; ‖∇θ_l‖ beside ‖g_l‖.
+Schoenholz et al. 2017); the depth to which short training reaches; ‖∇W_l‖ beside ‖g_l‖.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from src.chain import cut
 from src.config import Activation, Criterion
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
-from src.locking import gradient_profile
+from src.locking import gradient_profile, walk_back
 from src.rows import pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
 from src.training.loop import train
@@ -36,7 +36,7 @@ QUANTITIES = {
     "input_norm": "√(‖x‖²+1), the norm of an input and its bias",
     "mean_norm": "mean of ‖J_l‖ over the layers of a network and the samples",
     "error_signal": "½ ln mean_n ‖g_l‖² at layer l, nats",
-    "parameter_gradient": "½ ln mean_n ‖∇θ_l‖² at layer l, nats",
+    "weight_gradient": "½ ln mean_n ‖∇W_l‖² at layer l, nats",
     "chi": "mean squared singular value of J_l over the second half of the hidden layers and the samples",
     "rate": "slope of ln mean_n ‖g_l‖² against the layers between a gradient and the loss, nats a layer",
     "attenuation": "Σ_l ln ‖J_l‖ of a chain of scaled orthogonal layers, nats",
@@ -77,7 +77,7 @@ def _bounds(context: Context) -> Iterator[Row]:
     models = [replace(context.config.model, **net, depth=depth) for net in BOUNDED for depth in grid.depths]
     for model in context.progress(models, "bounds"):
         for seed in range(grid.certified_seeds):
-            certificate = certify(context.network(model, seed), inputs, targets)
+            certificate = certify(exact_network(context, model, seed), inputs, targets)
             where = {"part": "bound", **network_columns(model, seed)}
             if seed == 0 and model.depth == max(grid.depths):
                 context.tracker.certificate(f"{model.activation} {model.weight_var:g}", certificate)
@@ -91,6 +91,21 @@ def _bounds(context: Context) -> Iterator[Row]:
                 yield {"quantity": "input_norm", "value": float(norm), **at}
 
 
+def exact_network(context: Context, model: ModelConfig, seed: int) -> nn.Sequential:
+    """A random network; weights that are to be orthogonal are made so in float64: float32 leaves them so to seven digits."""
+    network = context.network(model, seed).double()
+    if model.init == "orthogonal":
+        for linear in linears(network):
+            U, _, Vh = torch.linalg.svd(linear.weight, full_matrices=False)
+            linear.weight = nn.Parameter(U @ Vh)
+    return network
+
+
+def linears(network: nn.Sequential) -> list[nn.Linear]:
+    """The dense layers of a network, first to last."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
 def _scaled_chains(context: Context) -> Iterator[Row]:
     """Orthogonal linear chains whose layers are scaled to a given ‖J_l‖ < 1."""
     grid = context.config.grid
@@ -98,28 +113,27 @@ def _scaled_chains(context: Context) -> Iterator[Row]:
     for kind, norm in SCALED.items():
         for depth in grid.depths:
             model = replace(context.config.model, activation="linear", init="orthogonal", weight_var=1.0, bias_var=0.0, depth=depth)
-            network = context.network(model, 0)
+            network = exact_network(context, model, 0)
             scale_layers(network, norm)
             where = {"part": "scaled", "chain": kind, **network_columns(model, 0)}
             certificate = certify(network, inputs, targets)
             yield {"quantity": "attenuation", "value": float(certificate.log_attenuation.mean()), **where}
-            yield from _profile_rows(context, network, where)
+            for layer, value in error_signals(context, network).items():
+                yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
 
 
 @torch.no_grad()
 def scale_layers(network: nn.Sequential, norm: Callable[[int], float]) -> None:
     """Scale the weights of layer l by norm(l), l = 1…L."""
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    for layer, linear in enumerate(linears, start=1):
+    for layer, linear in enumerate(linears(network), start=1):
         linear.weight.mul_(norm(layer))
 
 
-def _profile_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+def error_signals(context: Context, network: nn.Sequential) -> dict[int, float]:
+    """½ ln mean_n ‖g_l‖² for every l, on the measured images."""
     inputs, targets = context.samples(context.data.test, context.config.grid.samples)
-    profile = gradient_profile(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
-    for stage in profile.itertuples():
-        yield {"quantity": "error_signal", "value": stage.log_error_norm, "layer": stage.index, **where}
-        yield {"quantity": "parameter_gradient", "value": stage.log_grad_norm, "layer": stage.index, **where}
+    links = walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
+    return {link.index: link.signal.log_rms() for link in links}
 
 
 def _rates(context: Context) -> Iterator[Row]:
@@ -133,9 +147,9 @@ def _rates(context: Context) -> Iterator[Row]:
             network = context.network(model, seed)
             where = {"part": "rate", **network_columns(model, seed)}
             yield {"quantity": "chi", "value": mean_squared_singular_value(network, inputs.double()), **where}
-            rows = list(_profile_rows(context, network, where))
-            yield from rows
-            signal = {row["layer"]: row["value"] for row in rows if row["quantity"] == "error_signal"}
+            signal = error_signals(context, network)
+            for layer, value in signal.items():
+                yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
             deep = range(grid.rate_depth // 2, grid.rate_depth)
             distances = [grid.rate_depth - layer for layer in deep]
             yield {"quantity": "rate", "value": slope(distances, [2 * signal[layer] for layer in deep]).value, **where}
@@ -151,18 +165,23 @@ def mean_squared_singular_value(network: nn.Sequential, inputs: torch.Tensor) ->
 
 
 def _hiding(context: Context) -> Iterator[Row]:
-    """Profiles of a net in which ‖∇θ_l‖ does not tell what becomes of ‖g_l‖."""
+    """Profiles of a net in which ‖∇W_l‖ does not tell what becomes of ‖g_l‖."""
     grid = context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
     model = replace(context.config.model, **HIDING, depth=grid.rate_depth)
     for seed in range(grid.seeds):
-        yield from _profile_rows(context, context.network(model, seed), {"part": "hiding", **network_columns(model, seed)})
+        chain = cut(context.network(model, seed), None, torch.float64, "eval")
+        for stage in gradient_profile(chain, inputs.double(), targets, cross_entropy).itertuples():
+            where = {"part": "hiding", "layer": stage.index, **network_columns(model, seed)}
+            yield {"quantity": "error_signal", "value": stage.log_error_norm, **where}
+            yield {"quantity": "weight_gradient", "value": stage.log_weight_grad_norm, **where}
 
 
 def _edge(context: Context) -> Iterator[Row]:
     """Short trainings over (depth, σw²) for tanh."""
     config, grid = context.config, context.config.grid
     models = [
-        replace(config.model, activation="tanh", weight_var=weight_var, depth=depth)
+        replace(config.model, activation="tanh", weight_var=weight_var, depth=depth, width=grid.train_width)
         for weight_var in grid.train_weight_vars
         for depth in grid.train_depths
     ]
@@ -193,7 +212,7 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "chi_decides": _by_setting(settled, lambda net: net["rate"]),
         "depth_scale": _by_setting(settled[_has_known_scale(settled)], lambda net: net["rate"] / np.log(net["prediction"])),
         "trainable_depth": _trainable_depth(rows),
-        "parameter_gradient_hides": _hidden(rows),
+        "weight_gradient_hides": _hidden(rows),
     }
     return judge_forms("vanishing_products", criteria, cells)
 
@@ -232,12 +251,12 @@ def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _large_norms(rows: pd.DataFrame) -> pd.DataFrame:
-    """By how much ln ‖∇θ_1‖ falls, in a tanh net with ‖J_l‖ > 1, from the second deepest to the deepest."""
+    """By how much ln ‖∇θ_1‖ falls, in tanh nets with ‖J_l‖ > 1, from the second deepest to the deepest: the least fall of any draw."""
     where = {"part": "bound", "activation": "tanh", "weight_var": BOUNDED[0]["weight_var"]}
-    gradient = pick(rows, "gradient", **where).groupby(["net_seed", "depth"])["value"].mean().unstack("depth")
+    gradient = pick(rows, "gradient", **where).pivot(index=["net_seed", "sample"], columns="depth", values="value")
     shallower, deepest = sorted(gradient)[-2:]
     norm = pick(rows, "mean_norm", **where, depth=deepest)["value"].mean()
-    return pd.DataFrame([cell(t_interval(gradient[deepest] - gradient[shallower]), mean_norm=norm, depths=f"{shallower}→{deepest}")])
+    return pd.DataFrame([cell(greatest(gradient[deepest] - gradient[shallower]), mean_norm=norm, depths=f"{shallower}→{deepest}")])
 
 
 def _settled(rows: pd.DataFrame) -> pd.DataFrame:
@@ -294,7 +313,7 @@ def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _hidden(rows: pd.DataFrame) -> pd.DataFrame:
-    """The slope of ln ‖∇θ_l‖ in units of the slope of ln ‖g_l‖, against l."""
+    """The slope of ln ‖∇W_l‖ in units of the slope of ln ‖g_l‖, against l."""
     hiding = rows[(rows["part"] == "hiding") & rows["layer"].between(2, rows["depth"] - 1)]
     slopes = hiding.groupby(["quantity", "net_seed"])[["layer", "value"]].apply(lambda net: slope(net["layer"], net["value"]).value)
-    return pd.DataFrame([cell(t_interval(slopes["parameter_gradient"] / slopes["error_signal"]), **HIDING)])
+    return pd.DataFrame([cell(t_interval(slopes["weight_gradient"] / slopes["error_signal"]), **HIDING)])

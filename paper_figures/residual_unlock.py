@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.style import DASHES, MARKERS, panels, t_error
+from paper_figures.style import DASHES, MARKERS, panels, t_error, title
 from src.rows import pick
 
 NAMES = {"none": "plain", "original": "original", "preactivation": "pre-activation"}
@@ -16,11 +16,11 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: σ_min(I+J), gradients end to end without and with BN, growth of x_l², accuracy, gradients after training."""
     with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
         _sigma_min(axes[0], rows)
-        _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no normalisation, σw² = 1")
-        _flow(axes[2], pick(rows, "flow", part="flow", norm="batch"), "BatchNorm")
+        _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no norm, σw² = 1, initial")
+        _flow(axes[2], pick(rows, "flow", part="flow", norm="batch"), "BatchNorm, initial")
         _growth(axes[3], rows)
         _accuracy(axes[4], rows)
-        _flow(axes[5], pick(rows, "flow", part="training", when="trained"), "after training")
+        _flow(axes[5], pick(rows, "flow", part="training", when="trained"), "BatchNorm, trained")
     return figure
 
 
@@ -60,7 +60,7 @@ def _sigma_min(axis: Axes, rows: pd.DataFrame) -> None:
     axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set(xlabel="largest ‖J‖ of the branch", ylabel="least σ_min(I + J)")
-    axis.set_title("one point a block")
+    title(axis, "σ_min(I+J), a point a block")
     axis.legend(loc="lower left")
 
 
@@ -68,7 +68,7 @@ def _flow(axis: Axes, flows: pd.DataFrame, title: str) -> None:
     _by_skip(axis, flows)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
-    axis.set_title(title)
+    title(axis, title)
     axis.legend()
 
 
@@ -84,14 +84,14 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(blocks, prediction, color="k", linewidth=0.7)
     axis.set_yscale("log")
     axis.set(xlabel="block l", ylabel="mean x_l²")
-    axis.set_title("black: 2^l and 1 + l")
+    title(axis, "growth; black: 2^l and 1+l")
     axis.legend(loc="upper left")
 
 
 def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     _by_skip(axis, pick(rows, "test_accuracy", part="training"))
     axis.set(xlabel="depth L (weight layers)", ylabel="test accuracy", ylim=(0, 1))
-    axis.set_title("short training with BN")
+    title(axis, "short training, BatchNorm")
     axis.legend(loc="lower left")
 
 

@@ -50,12 +50,17 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Itera
         figure = Figure(figsize=(WIDE, height * lines), layout="constrained")
         axes = list(np.ravel(figure.subplots(lines, columns)))
         for letter, axis in zip("abcdefghijkl", axes, strict=False):
-            axis.set_title(f"{letter}", loc="left", fontweight="bold")
+            axis.set_label(letter)
         yield figure, axes[:count]
         for axis in axes[count:]:
             axis.remove()
         sns.despine(fig=figure)
         figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if rows["fallback"].any() else "0.4", x=0.99, ha="right")
+
+
+def title(axis: Axes, text: str) -> None:
+    """The panel's letter and what it shows."""
+    axis.set_title(rf"$\mathbf{{{axis.get_label()}}}$  {text}", loc="left")
 
 
 def origin(rows: pd.DataFrame) -> str:

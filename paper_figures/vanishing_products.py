@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.vanishing_products import SCALED, trainable_depths
-from paper_figures.style import DASHES, MARKERS, panels
+from paper_figures.style import DASHES, MARKERS, panels, title
 from src import mean_field
 from src.rows import pick
 from src.statistics import t_interval
@@ -64,23 +64,23 @@ def _slack(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("symlog", linthresh=1)
     axis.set(xlabel="depth L (weight layers)", ylabel="least slack of the bound (nats)")
-    axis.set_title("precise (—) and as stated (···)")
+    title(axis, "bound: precise —, stated ···")
+    axis.set_ylim(top=1e6)
     axis.legend(title="φ, σw²", ncols=2, loc="upper left", handlelength=1.2, columnspacing=0.8)
-    axis.margins(y=0.45)
 
 
 def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
     product = pick(rows, "attenuation", part="scaled")
     for k, (kind, chains) in enumerate(product.groupby("chain")):
         chains = chains.sort_values("depth")
-        axis.plot(chains["depth"], chains["value"], "", marker=MARKERS[k], color=f"C{k}", linestyle="none", label=f"measured, {kind}")
+        axis.plot(chains["depth"], chains["value"], marker=MARKERS[k], color=f"C{k}", linestyle="none", label=f"measured, {kind}")
         layers = np.arange(1, chains["depth"].max() + 1)
         prediction = np.cumsum(np.log([SCALED[str(kind)](layer) for layer in layers]))
         axis.plot(layers, prediction, DASHES[k], color=f"C{k}", label="0.9 each" if kind == "uniform" else "1−1/(l+1)² each")
     axis.axhline(np.log(0.5), color="0.3", linewidth=0.8, linestyle=":")
-    axis.annotate("ln ½", (1, np.log(0.5)), xytext=(0, 2), textcoords="offset points", fontsize=6.5, ha="left", va="bottom")
+    axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(0, -2), textcoords="offset points", fontsize=6.5, ha="right", va="top")
     axis.set(xlabel="depth L (weight layers)", ylabel="Σ ln ‖J_l‖ (nats)")
-    axis.set_title("‖J_l‖ < 1 in every layer")
+    title(axis, "chains with all ‖J_l‖ < 1")
     axis.legend(loc="lower left")
 
 
@@ -92,9 +92,9 @@ def _chi(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(grid, [mean_field.chi(activation, w, bias_var) for w in grid], DASHES[k], color=f"C{k}", linewidth=0.9)
         axis.plot(nets["weight_var"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.6, label=activation)
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="weight variance σw²", ylabel="mean squared singular value of J_l")
+    axis.set(xlabel="weight variance σw²", ylabel="mean σ² of J_l")
     axis.set_yscale("log")
-    axis.set_title("χ: mean field (line), nets (points)")
+    title(axis, "χ: mean field and nets")
     axis.legend(loc="center right")
 
 
@@ -109,8 +109,9 @@ def _profiles(axis: Axes, rows: pd.DataFrame) -> None:
         chi = mean_field.chi("tanh", weight_var, nets["bias_var"].iloc[0])
         axis.plot(relative.index, (depth - 1 - relative.index) * np.log(chi) / 2, color="k", linewidth=0.6)
     axis.set(xlabel="layer l", ylabel="ln ‖g_l‖ / ‖g_{L−1}‖ (nats)")
-    axis.set_title("tanh; black: (L−1−l) ½ ln χ")
-    axis.legend(title="σw²", loc="upper right", ncols=2)
+    title(axis, "tanh; black: mean field")
+    axis.margins(y=0.3)
+    axis.legend(title="σw²", loc="upper right", ncols=4, handlelength=1.3, columnspacing=0.7)
 
 
 def _edge(axis: Axes, rows: pd.DataFrame) -> None:
@@ -124,15 +125,15 @@ def _edge(axis: Axes, rows: pd.DataFrame) -> None:
             axis.plot([column, column + 1], [len(depths) - 0.5 - place] * 2, color="w", linewidth=3)
             axis.plot([column, column + 1], [len(depths) - 0.5 - place] * 2, color="tab:red", linewidth=1.5)
     axis.set(xlabel="weight variance σw²", ylabel="depth L (weight layers)")
-    axis.set_title("short training; red: 6ξ")
+    title(axis, "tanh, trained; red: 6ξ")
     axis.tick_params(rotation=0)
 
 
 def _hiding(axis: Axes, rows: pd.DataFrame) -> None:
-    for k, (quantity, label) in enumerate((("error_signal", "‖g_l‖"), ("parameter_gradient", "‖∇θ_l‖"))):
+    for k, (quantity, label) in enumerate((("error_signal", "‖g_l‖"), ("weight_gradient", "‖∇W_l‖"))):
         profile = pick(rows, quantity, part="hiding").pivot(index="layer", columns="net_seed", values="value")
         axis.plot(profile.index, profile, color=f"C{k}", alpha=0.25, linewidth=0.7)
         axis.plot(profile.index, profile.mean(axis=1), color=f"C{k}", linestyle=DASHES[k], label=label)
     axis.set(xlabel="layer l", ylabel="ln norm (nats)")
-    axis.set_title("ReLU, σw²=1: shrinking activations")
+    title(axis, "ReLU, σw² = 1, σb² = 0")
     axis.legend(loc="lower right")

@@ -156,6 +156,7 @@ class Grid:
     branch_scales: Variances = UNSET
     train_seeds: Count = UNSET
     train_depths: Depths = UNSET
+    train_width: Count = UNSET
     train_weight_vars: Variances = UNSET
 
 
@@ -182,7 +183,10 @@ def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     missing, extra = set(get_args(ScaleName)) - set(by_scale), set(by_scale) - set(get_args(ScaleName))
     if missing or extra:
         raise UserError(f"at_scale needs exactly the scales {', '.join(get_args(ScaleName))}; got {', '.join(map(str, by_scale))}")
-    return by_scale[_root_.scale.name]
+    scale = _root_.scale.name
+    if scale not in by_scale:
+        raise UserError(f"scale.name: {scale!r} is none of {', '.join(by_scale)}; choose with scale=NAME")
+    return by_scale[scale]
 
 
 def register_resolvers() -> None:
@@ -224,7 +228,7 @@ def _explain(error: dict[str, Any]) -> str:
 
 def unknown_key(key: str) -> str:
     """Say that a key is unknown, with the nearest that is known."""
-    near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, ["experiment", "cluster", *known_keys()], n=1, cutoff=0.6)
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -86,10 +86,11 @@ class Experiment(Protocol):
     judge: Callable[[pd.DataFrame, Mapping[str, Criterion]], list[Verdict]]
 
 
-def run_experiment(config: Config) -> RunFolder:
+def run_experiment(config: Config) -> tuple[RunFolder, bool]:
     """Run one experiment into its folder; one that is finished is left as it is unless `force`.
 
-    Raises: UserError for what the user can mend: the device, the data, the folder, the disk.
+    Returns: the run's folder, and whether it was finished before.
+    Raises: UserError for what the user can mend: the device, the data, the folder, the disk; RunFailed for a crash.
     """
     device = choose_device(config.device)
     data = load(config.data, device)
@@ -97,31 +98,35 @@ def run_experiment(config: Config) -> RunFolder:
         raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {len(data.train)} training images of {data.name}")
     folder = RunFolder(config, data.name)
     folder.refuse_another_config()
-    if folder.status == "done" and not config.force:
-        return folder
+    if folder.answers:
+        return folder, True
+    with ExitStack() as stack:
+        with folder.running(), _logging_to(folder.path / "log.txt"):
+            tracker = stack.enter_context(open_tracker(config, folder.id))
+            verdicts = _carry_out(config, data, device, folder, tracker)
+        # the mirror shows a run folder that is complete
+        tracker.finish(folder.path, to_frame(verdicts))
+    return folder, False
+
+
+def _carry_out(config: Config, data: Data, device: torch.device, folder: RunFolder, tracker: Tracker) -> list[Verdict]:
     experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
-    with folder.running(), _logging_to(folder.path / "log.txt"):
-        _carry_out(experiment, config, data, device, folder)
-    return folder
-
-
-def _carry_out(experiment: Experiment, config: Config, data: Data, device: torch.device, folder: RunFolder) -> None:
     started = time.monotonic()
     log.info("%s on %s at scale=%s, seed %d, %s", config.claim.name, data.name, config.scale.name, config.seed, device)
     if data.is_fallback:
         log.warning("FALLBACK: %s could not be had, everything below is measured on %s", data.requested, data.name)
     provenance = provenance_of(config, data, device)
-    with _deterministic(), open_tracker(config, folder.id) as tracker:
+    with _deterministic():
         rows = experiment.measure(Context(config, data, device, tracker))
-        folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
-        verdicts = experiment.judge(rows, config.criteria)
-        folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])
-        folder.write_json("provenance.json", {**provenance, "wall_time_s": round(time.monotonic() - started, 1)})
-        drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
-        style = importlib.import_module("paper_figures.style")
-        folder.write("figure.png", style.to_bytes(drawing.draw(row_table.read(folder.path / "rows.parquet")), "png"))
-        log.info("finished in %.0f s: %s", time.monotonic() - started, folder.path)
-        tracker.finish(folder.path, to_frame(verdicts))
+    folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
+    verdicts = experiment.judge(rows, config.criteria)
+    folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])
+    folder.write_json("provenance.json", {**provenance, "wall_time_s": round(time.monotonic() - started, 1)})
+    drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
+    style = importlib.import_module("paper_figures.style")
+    folder.write("figure.png", style.to_bytes(drawing.draw(row_table.read(folder.path / "rows.parquet")), "png"))
+    log.info("finished in %.0f s: %s", time.monotonic() - started, folder.path)
+    return verdicts
 
 
 def choose_device(name: str) -> torch.device:
@@ -195,9 +200,16 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+class _RunLog(logging.FileHandler):
+    """A log file whose failures are the run's: logging itself would print them and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path)
+    handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

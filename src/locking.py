@@ -109,20 +109,18 @@ def gradient_profile(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tens
         targets: one a sample.
         loss: ℓ(H_L, y).
 
-    Returns: a row a stage, first to last: index, stage; log_error_norm = ½ ln mean_n ‖g_l‖² and log_grad_norm =
-        ½ ln mean_n ‖∇θ_l‖² in nats; state_square = mean H_l² over samples and units.
+    Returns: a row a stage, first to last: index, stage; log_error_norm = ½ ln mean_n ‖g_l‖² and
+        log_weight_grad_norm = ½ ln mean_n ‖∇W_l‖², in nats.
     """
     rows = []
     for link in walk_back(chain, inputs, targets, loss):
-        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
-        outputs = link.stage(link.inputs)
+        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction, weights_only=True)
         rows.append(
             {
                 "index": link.index,
                 "stage": link.name,
                 "log_error_norm": link.signal.log_rms(),
-                "log_grad_norm": log_rms(gradients.norm(dim=1).log() + link.signal.log_norm),
-                "state_square": float(outputs.square().mean()),
+                "log_weight_grad_norm": log_rms(gradients.norm(dim=1).log() + link.signal.log_norm),
             }
         )
     return pd.DataFrame(rows[::-1])

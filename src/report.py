@@ -13,12 +13,12 @@ def run_and_report(config: Config) -> None:
     """Run one experiment, or find it finished, and print its table of verdicts."""
     folder = RunFolder(config)
     folder.refuse_another_config()
-    finished = folder.status == "done" and not config.force
+    finished = folder.answers
     if not finished:
         # torch is imported only for a run that has something to do
         from src.experiment import run_experiment
 
-        folder = run_experiment(config)
+        folder, finished = run_experiment(config)
     verdicts = [Verdict(**{**entry, "interval": tuple(entry["interval"])}) for entry in folder.verdicts()]
     # a file or a pipe has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
@@ -47,64 +48,73 @@ def run_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()[:10]
 
 
+class RunFailed(Exception):
+    """A run crashed: says with what, and which file holds the traceback."""
+
+
 class RunFolder:
     """One run on disk. Every file is written to a temporary name and renamed."""
 
     def __init__(self, config: Config, data: str | None = None):
         """Name the folder of a config; `data` is the set really loaded where it is a fallback for the one asked for."""
         self.config = config
-        self.id = run_hash(config)
         fallback = f"-fallback-{data}" if data not in (None, config.data.name) else ""
+        self.id = run_hash(config) + fallback
         place = Path(config.results_dir) / config.claim.name / config.data.name / config.scale.name
-        self.path = place / f"seed{config.seed}-{self.id}{fallback}"
-        self._previous = place / f".{self.path.name}.previous"
+        self.path = place / f"seed{config.seed}-{self.id}"
+        self._new, self._previous, self._failed, self._lock = (
+            place / f".{self.path.name}.{beside}" for beside in ("new", "previous", "failed", "lock")
+        )
 
     @property
     def status(self) -> str | None:
         """running, done, failed or interrupted; None where there is no folder."""
         return read_status(self.path)
 
+    @property
+    def answers(self) -> bool:
+        """Whether the run is finished and need not be made again."""
+        return self.status == "done" and not self.config.force
+
     def verdicts(self) -> list[dict[str, Any]]:
-        """The verdicts of a finished run."""
-        return json.loads((self.path / "verdicts.json").read_text())
+        """The verdicts of a finished run.
+
+        Raises: UserError when the file is missing or damaged.
+        """
+        file = self.path / "verdicts.json"
+        try:
+            return json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: missing or damaged; run the experiment again with force=true") from error
 
     def refuse_another_config(self) -> None:
         """Raise UserError when the folder there belongs to another config."""
-        there = self.path / "config.yaml"
-        if self.path.exists() and (not there.exists() or _load_decisive(there) != decisive(self.config)):
+        if self.path.exists() and _load_decisive(self.path / "config.yaml") != decisive(self.config):
             raise UserError(f"{self.path}: holds a run of another config (see its config.yaml); move it away or choose another results_dir")
 
     @contextmanager
     def running(self) -> Iterator["RunFolder"]:
         """Own the folder while a run lasts; leave it done, failed or interrupted, and never lose a finished run to one that is not.
 
-        Raises: UserError when another process runs it, the place can't be written, or the disk is full.
+        Raises: UserError when another process runs it, the place can't be written, or the disk is full; RunFailed when the run crashes.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path.parent / f".{self.path.name}.lock", timeout=0)
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise UserError(f"{self.path}: another process is at this run; wait for it or choose another results_dir") from error
-        except OSError as error:
-            raise UserError(f"{self.path.parent}: can't be written ({error.strerror}); choose another results_dir") from error
-        try:
-            self._set_aside()
-            yield self._begin()
-        except KeyboardInterrupt:
-            self._end("interrupted")
-            raise
-        except BaseException as error:
-            if _disk_full(error):
-                shutil.rmtree(self.path, ignore_errors=True)
-                self._restore()
-                raise UserError(f"{self.path}: no space left on the disk; the run was removed, free some space and run it again") from error
-            self._end("failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-            raise
-        else:
-            self._end("done")
-        finally:
-            lock.release()
+        with self._owned():
+            try:
+                yield self
+                self._end("done")
+            except KeyboardInterrupt:
+                self._end("interrupted")
+                raise
+            except BaseException as error:
+                if _disk_full(error):
+                    shutil.rmtree(self.path, ignore_errors=True)
+                    self._restore()
+                    raise UserError(f"{self.path}: no space left on the disk; the run was removed, free some and run it again") from error
+                reason = f"{type(error).__name__}: {error}"
+                told = self._end("failed", reason=reason, traceback=traceback.format_exc())
+                if isinstance(error, UserError):
+                    raise
+                raise RunFailed(f"{self.config.claim.name} crashed with {reason}; the traceback is in {told}") from error
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the folder atomically."""
@@ -112,25 +122,52 @@ class RunFolder:
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file of the folder atomically."""
-        self.write(name, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        self.write(name, _to_json(content))
 
-    def _begin(self) -> "RunFolder":
-        self.path.mkdir()
-        self.write("config.yaml", OmegaConf.to_yaml(to_plain(self.config)))
-        self.write_json("status.json", {"status": "running", "pid": os.getpid()})
-        return self
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Hold the lock, with a fresh folder in place."""
+        lock = filelock.FileLock(self._lock, timeout=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            self._begin()
+        except filelock.Timeout as error:
+            raise UserError(f"{self.path}: another process is at this run; wait for it or choose another results_dir") from error
+        except OSError as error:
+            lock.release()
+            raise UserError(f"{self.path.parent}: can't be written ({error.strerror}); choose another results_dir") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _end(self, status: str, **details: str) -> None:
+    def _begin(self) -> None:
+        shutil.rmtree(self._new, ignore_errors=True)
+        try:
+            self._new.mkdir()
+            write_atomically(self._new / "config.yaml", OmegaConf.to_yaml(to_plain(self.config)))
+            write_atomically(self._new / "status.json", _to_json({"status": "running", "pid": os.getpid()}))
+            self._set_aside()
+            self._new.rename(self.path)
+        finally:
+            shutil.rmtree(self._new, ignore_errors=True)
+
+    def _end(self, status: str, **details: str) -> Path:
+        """Write how the run ended; where it doesn't replace a finished one, beside that. Return the file that tells."""
         self.write_json("status.json", {"status": status, **details})
         if status == "done":
             shutil.rmtree(self._previous, ignore_errors=True)
         elif read_status(self._previous) == "done":
-            shutil.rmtree(self.path)
+            shutil.rmtree(self._failed, ignore_errors=True)
+            self.path.rename(self._failed)
             self._restore()
+            return self._failed / "status.json"
+        return self.path / "status.json"
 
     def _set_aside(self) -> None:
         """Keep a finished run until the new one is finished too; drop one that is not."""
-        if self._previous.exists() and self.status != "done":
+        if self.status != "done":
             shutil.rmtree(self.path, ignore_errors=True)
             self._restore()
         shutil.rmtree(self._previous, ignore_errors=True)
@@ -143,11 +180,15 @@ class RunFolder:
 
 
 def read_status(folder: Path) -> str | None:
-    """The status of a run folder; None where there is none."""
+    """The status of a run folder; None where there is none that can be read."""
     try:
-        return json.loads((folder / "status.json").read_text())["status"]
-    except FileNotFoundError:
+        return json.loads((folder / "status.json").read_bytes())["status"]
+    except (OSError, ValueError):
         return None
+
+
+def _to_json(content: object) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -169,7 +210,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def _load_decisive(path: Path) -> dict[str, Any] | None:
     try:
         return decisive(TypeAdapter(Config).validate_python(OmegaConf.to_container(OmegaConf.load(path))))
-    except ValueError:
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 

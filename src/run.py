@@ -13,9 +13,12 @@ import os
 import re
 import sys
 import traceback
+from argparse import Namespace
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config import Config, register_resolvers, to_config, unknown_key
 from src.data.catalogue import CATALOGUE
 from src.errors import UserError
+from src.results import RunFailed
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -32,6 +36,8 @@ def main() -> int:
     if len(sys.argv) == 1:
         print(_listing())
         return 0
+    # threads that spin while they wait take the cores from those that work, threefold on a shared machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra then raises its errors instead of printing them over several lines
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_resolvers()
@@ -42,14 +48,15 @@ def main() -> int:
         codes.append(_run(composed))
 
     try:
+        asked = _options()
         task()
-        if not codes and not _asks_only(sys.argv[1:]):
+        if not codes and not (asked.cfg or asked.info):
             raise UserError(f"nothing to run: no experiment matches; there are {', '.join(_experiments())}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        return _complain(UserError(_one_line(error)))
+    except (UserError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        return _complain(_explain(error), 2)
     return max(codes, default=0)
 
 
@@ -64,8 +71,11 @@ def _run(composed: DictConfig) -> int:
         run_and_report(config)
         return 0
     except UserError as error:
-        return _complain(error)
+        return _complain(str(error), 2)
+    except RunFailed as error:
+        return _complain(str(error), 1)
     except Exception:
+        # no run folder holds it yet
         traceback.print_exc()
         return 1
 
@@ -75,13 +85,19 @@ def check(composed: DictConfig) -> Config:
 
     Raises: UserError for whatever is wrong with it.
     """
+    if composed.get("experiment"):
+        raise UserError("the experiment's file sets nothing: its first line must be '# @package _global_'")
     if "claim" not in composed:
         raise UserError(f"no experiment given; add experiment=NAME, one of {', '.join(_experiments())}")
     config = to_config(composed)
-    axes = set(OmegaConf.load(CONF / "experiment" / f"{config.claim.name}.yaml").grid)
-    for axis in composed.grid:
-        if axis not in axes:
-            raise UserError(f"grid.{axis}: {config.claim.name} has no such axis; it has {', '.join(sorted(axes))}")
+    name = config.claim.name
+    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml") if name in _experiments() else None
+    if own is None or composed.claim != own.claim:
+        raise UserError("claim: stands in the experiment's own file and is not for the command line; choose with experiment=NAME")
+    for part in ("grid", "criteria"):
+        for key in sorted(set(composed[part]) ^ set(own[part])):
+            fault = "is missing" if key in own[part] else "is unknown"
+            raise UserError(f"{part}.{key}: {fault}; {name} has {', '.join(sorted(own[part]))}")
     size = min(CATALOGUE[config.data.name].train_size, config.data.train_size or sys.maxsize)
     if config.training.batch_size > size:
         raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {size} training images of {config.data.name}")
@@ -101,18 +117,27 @@ def _listing() -> str:
     return "\n".join(["python -m src.run experiment=NAME, one of", *lines, "python -m src.run --help lists groups and keys"])
 
 
-def _asks_only(arguments: list[str]) -> bool:
-    """Whether the command line asks about the configuration and runs nothing."""
-    return any(argument in ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version") for argument in arguments)
+def _options() -> Namespace:
+    """The options on the command line.
+
+    Raises: UserError, where Hydra would print its usage over several lines.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; options (-m, --help, --cfg job) come first, then KEY=VALUE")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args()
 
 
-def _complain(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def _complain(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
-def _one_line(error: Exception) -> str:
-    """A composition error in one line, with the near match where there is one."""
+def _explain(error: Exception) -> str:
+    """What went wrong before a run began, with the near match where there is one."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         near = difflib.get_close_matches(option, error.options, n=1, cutoff=0.4)
@@ -120,9 +145,11 @@ def _one_line(error: Exception) -> str:
         return f"unknown {group} '{option}'; {hint}there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"can't read the argument {error.override!r}; write KEY=VALUE"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: can't be written ({error.strerror}); choose another results_dir"
     if key := re.match(r"Could not (?:override|append to config|delete from config)[^']*'?([\w./@]+)'?", str(error)):
         return unknown_key(key[1].rstrip("."))
-    return " ".join(str(error).split())
+    return str(error)
 
 
 if __name__ == "__main__":

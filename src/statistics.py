@@ -3,20 +3,14 @@
 Few draws want the t-interval: at 5 draws the percentile bootstrap covers about 81% where it says 95%.
 """
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
 from scipy import stats
 
 Sample = Float64[np.ndarray, " n"]
-
-BOOTSTRAP_MINIMUM = 10
-RESAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -44,44 +38,6 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     x = _finite(values)
     error = x.std(ddof=1) / np.sqrt(x.size) if x.size > 1 else np.nan
     return _around(float(x.mean()), error, x.size - 1, x.size, confidence, "t")
-
-
-def bootstrap_interval(
-    values: ArrayLike, generator: torch.Generator, statistic: Callable[..., float] = np.mean, confidence: float = 0.95
-) -> Estimate:
-    """A statistic with its bias-corrected and accelerated bootstrap interval (Efron 1987, J. Am. Stat. Assoc. 82).
-
-    Where ties leave the acceleration undefined (0/0) the interval is the percentile one, and `method` says so.
-
-    Args:
-        values: n ≥ 10 independent draws, one dimension.
-        generator: draws the resamples.
-        statistic: of a one-dimensional array; called on one resample at a time.
-        confidence: c, in (0, 1).
-
-    Raises: ValueError, if there are fewer than 10 values (the bootstrap covers too little), or one that is not finite.
-    """
-    x = _finite(values)
-    _check(confidence)
-    if x.size < BOOTSTRAP_MINIMUM:
-        raise ValueError(f"the bootstrap covers too little below {BOOTSTRAP_MINIMUM} values, got {x.size}; use t_interval")
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    lo, hi, method = np.nan, np.nan, ""
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SciPy warns of what the fallback mends
-            lo, hi = stats.bootstrap(
-                (x,),
-                statistic,
-                n_resamples=RESAMPLES,
-                confidence_level=confidence,
-                method=method,
-                vectorized=False,
-                random_state=np.random.default_rng(seed),
-            ).confidence_interval
-        if np.isfinite([lo, hi]).all():
-            break
-    return Estimate(float(statistic(x)), float(lo), float(hi), x.size, f"bootstrap {method} {confidence:.0%}")
 
 
 def slope(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Estimate:

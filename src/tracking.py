@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -12,6 +12,7 @@ from src.config import Config
 from src.results import to_plain
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What a run tells while it goes and when it ends."""
 
@@ -66,7 +67,8 @@ class WandB:
         text = verdicts.assign(interval=verdicts["interval"].map(str))
         self.run.log({"verdicts": wandb.Table(dataframe=text), "figure": wandb.Image(str(folder / "figure.png"))})
         artifact = wandb.Artifact(f"{folder.parts[-4]}-{self.run.id}", type="run-folder")
-        artifact.add_dir(str(folder))
+        for file in sorted(folder.iterdir()):
+            artifact.add_file(str(file))
         self.run.log_artifact(artifact)
 
 

@@ -45,7 +45,9 @@ def layer_jacobian(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Te
 def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
     """The norm of the parameter Jacobian P = ∂f(x; θ)/∂θ of every sample: ‖P‖ = √λ_max(PPᵀ).
 
-    PPᵀ (m×m) is made column by column, PPᵀeᵢ, by a pass backwards and its transpose, so that P (m×|θ|) is never formed.
+    Where all parameters are those of one dense layer Wh + b, P has the blocks ∂f/∂b and ∂f/∂b ⊗ hᵀ, so that
+    ‖P‖ = √(‖h‖²+1) ‖∂f/∂b‖. Elsewhere PPᵀ (m×m) is made column by column, PPᵀeᵢ, by a pass backwards and its transpose;
+    P (m×|θ|) is never formed.
 
     Args:
         stage: f, acting on each sample alone; without parameters the norm is 0.
@@ -56,7 +58,34 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
     parameters: dict[str, Tensor] = dict(stage.named_parameters())
     if not parameters:
         return inputs.new_zeros(len(inputs))
+    hidden = _dense_input(stage, inputs) if len(parameters) == 2 else None
+    if hidden is not None:
+        bias = next(name for name in parameters if name.endswith("bias"))
+        return hidden.square().sum(1).add(1).sqrt() * torch.linalg.svdvals(_jacobian_in(stage, bias, inputs))[:, 0]
     return torch.stack([torch.linalg.eigvalsh(_gram(stage, parameters, sample))[-1].clamp(min=0).sqrt() for sample in inputs.split(1)])
+
+
+def _dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"] | None:
+    """The inputs h of a stage's only dense layer with a bias; None unless there is one, called once and on vectors."""
+    calls: list[Tensor] = []
+    linears = [module for module in stage.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+    hooks = [linear.register_forward_hook(lambda module, arguments, output: calls.append(arguments[0])) for linear in linears]
+    stage(inputs)
+    for hook in hooks:
+        hook.remove()
+    return calls[0] if len(calls) == 1 and calls[0].ndim == 2 else None
+
+
+def _jacobian_in(stage: nn.Module, name: str, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n m b"]:
+    """∂f(x; θ)/∂b of every sample, b one of the parameters."""
+    parameter = stage.get_parameter(name)
+
+    def rows(sample: Tensor) -> Tensor:
+        outputs, pull_back = transpose(lambda b: functional_call(stage, {name: b}, (sample.unsqueeze(0),)).flatten(), parameter)
+        pulled: Tensor = vmap(pull_back)(torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
+        return pulled
+
+    return vmap(rows)(inputs)
 
 
 def _gram(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, "m m"]:
@@ -72,13 +101,16 @@ def _gram(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor,
     return vmap(column, chunk_size=_chunk(size, sample.dtype))(torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
 
 
-def parameter_gradients(stage: nn.Module, inputs: Float[Tensor, "n ..."], covectors: Float[Tensor, "n ..."]) -> Float[Tensor, "n p"]:
+def parameter_gradients(
+    stage: nn.Module, inputs: Float[Tensor, "n ..."], covectors: Float[Tensor, "n ..."], weights_only: bool = False
+) -> Float[Tensor, "n p"]:
     """The N×|θ| matrix of per-sample parameter gradients, rows g_nᵀP_n.
 
     Args:
         stage: f, acting on each sample alone.
         inputs: N inputs of the stage.
         covectors: g, one for each output of the stage.
+        weights_only: leave out biases and the gains of normalisations: whatever is no matrix.
 
     Returns: a row a sample, parameters flattened in the order of `named_parameters`.
     """
