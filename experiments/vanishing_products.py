@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from src import mean_field
 from src.certificate import certify
 from src.chain import cut
-from src.config import Activation, Criterion
+from src.config import Activation, Criterion, ModelConfig
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
 from src.locking import gradient_profile, walk_back

@@ -64,11 +64,11 @@ def _sigma_min(axis: Axes, rows: pd.DataFrame) -> None:
     axis.legend(loc="lower left")
 
 
-def _flow(axis: Axes, flows: pd.DataFrame, title: str) -> None:
+def _flow(axis: Axes, flows: pd.DataFrame, what: str) -> None:
     _by_skip(axis, flows)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
-    title(axis, title)
+    title(axis, what)
     axis.legend()
 
 

@@ -66,14 +66,16 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
 
 
 def _dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"] | None:
-    """The inputs h of a stage's only dense layer with a bias; None unless there is one, called once and on vectors."""
+    """The inputs h of a stage's only dense layer with a bias; None unless there is one, called once, on a vector a sample."""
     calls: list[Tensor] = []
-    linears = [module for module in stage.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+    # neither a subclass nor a reparametrised layer, whose output need not be Wh + b in its own parameters
+    linears = [module for module in stage.modules() if type(module) is nn.Linear and module._parameters.keys() == {"weight", "bias"}]
+    linears = [linear for linear in linears if linear.bias is not None]
     hooks = [linear.register_forward_hook(lambda module, arguments, output: calls.append(arguments[0])) for linear in linears]
     stage(inputs)
     for hook in hooks:
         hook.remove()
-    return calls[0] if len(calls) == 1 and calls[0].ndim == 2 else None
+    return calls[0] if len(calls) == 1 and calls[0].ndim == 2 and len(calls[0]) == len(inputs) else None
 
 
 def _jacobian_in(stage: nn.Module, name: str, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n m b"]:
@@ -114,7 +116,7 @@ def parameter_gradients(
 
     Returns: a row a sample, parameters flattened in the order of `named_parameters`.
     """
-    parameters: dict[str, Tensor] = dict(stage.named_parameters())
+    parameters = {name: parameter for name, parameter in stage.named_parameters() if parameter.ndim > 1 or not weights_only}
     if not parameters:
         return inputs.new_zeros(len(inputs), 0)
 
