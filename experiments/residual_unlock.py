@@ -160,7 +160,7 @@ def _trainings(context: Context) -> Iterator[Row]:
             network = _network(context, model, seed)
             where = {"part": "training", **network_columns(model, seed)}
             yield {"quantity": "flow", "value": flow(context, network), "when": "initial", **where}
-            outcome = train(network, context.data, config.training, context.generator("order", seed))
+            outcome = train(network, context.data, config.training, context.generator("order", seed), context.steps("one training"))
             context.tracker.curve(f"{model.skip}, depth {model.depth}, seed {seed}", outcome.history)
             last = outcome.history.iloc[-1]
             yield {"quantity": "train_accuracy", "value": float(last["train_accuracy"]), **where}

@@ -188,7 +188,7 @@ def _edge(context: Context) -> Iterator[Row]:
     for model in context.progress(models, "short trainings"):
         for seed in range(grid.train_seeds):
             network = context.network(model, seed)
-            outcome = train(network, context.data, config.training, context.generator("order", seed))
+            outcome = train(network, context.data, config.training, context.generator("order", seed), context.steps("one training"))
             last = outcome.history.iloc[-1]
             where = {"part": "edge", **network_columns(model, seed)}
             context.tracker.curve(f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", outcome.history)

@@ -158,7 +158,7 @@ def certify(
     chain = cut(model, stages, dtype, batch_norm)
     layers, severities, spectra = [], [], []
     probe_generator = generator(0, "lock condition", device=inputs.device)
-    for link in walk_back(chain, inputs.to(dtype), targets, loss):
+    for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
         _require_memory(link)
         J = layer_jacobian(link.stage, link.inputs)
         require_finite(J, f"the Jacobian of stage '{link.name}'")

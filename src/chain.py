@@ -42,7 +42,7 @@ class Chain:
 
 def require_finite(values: Tensor, where: str) -> None:
     """Raise UserError naming the place and the first sample whose values are not finite."""
-    bad = ~torch.isfinite(values.flatten(1)).all(1)
+    bad = ~torch.isfinite(values.reshape(len(values), -1)).all(1)
     if bad.any():
         raise UserError(f"certificate: {where} is not finite at sample {int(bad.nonzero()[0])}; look at its weights and inputs there")
 
@@ -71,7 +71,8 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model is not sequential, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    if not isinstance(model, nn.Sequential) or not model._modules:
+    is_sequential = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+    if not is_sequential or not model._modules:
         raise UserError(f"certify takes an nn.Sequential of stages; got {type(model).__name__}: wrap its stages in one, in order")
     twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
@@ -80,9 +81,16 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
         if isinstance(module, _BatchNorm):
             _prepare_batch_norm(name, module, batch_norm)
     chain = _group(twin, stages)
+    for stage in chain.stages:
+        stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
         chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)
     return chain
+
+
+def _copy(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a stage may write over without touching the state before it."""
+    return tuple(argument.clone() for argument in arguments)
 
 
 def _prepare_batch_norm(name: str, module: _BatchNorm, mode: BatchNormMode) -> None:

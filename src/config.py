@@ -202,16 +202,12 @@ def to_config(composed: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_resolved_cause(error)}") from error
+        message = str(error).splitlines()[0].removeprefix("UserError raised while resolving interpolation: ")
+        raise UserError(f"{error.full_key or 'config'}: {message}") from error
     try:
         return TypeAdapter(Config).validate_python(plain)
     except ValidationError as error:
         raise UserError("; ".join(_explain(dict(e)) for e in error.errors())) from error
-
-
-def _resolved_cause(error: OmegaConfBaseException) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-    return str(cause).splitlines()[0]
 
 
 def _explain(error: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from src import rows as row_table
@@ -45,6 +45,7 @@ class Context:
     data: Data
     device: torch.device
     tracker: Tracker
+    bars: Progress = field(default_factory=lambda: Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True))
 
     def generator(self, *purpose: str | int | float) -> torch.Generator:
         """The CPU generator of a purpose, derived from the root seed."""
@@ -67,9 +68,14 @@ class Context:
         chosen = torch.randperm(len(split), generator=self.generator("samples"))[:count].to(split.labels.device)
         return self.data.standardise(split.images[chosen]), split.labels[chosen]
 
-    def progress(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    def progress(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """The items, behind a progress bar when standard error is a terminal."""
-        return track(items, description, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        return self.bars.track(items, total=len(items), description=description)
+
+    def steps(self, description: str) -> Callable[[int, int], None]:
+        """A progress bar for one training; call it with the steps done and the steps in all."""
+        bar = self.bars.add_task(description)
+        return lambda step, total: self.bars.update(bar, completed=step, total=total, visible=step < total)
 
 
 def network_columns(model: ModelConfig, seed: int) -> dict[str, object]:
@@ -117,7 +123,9 @@ def _carry_out(config: Config, data: Data, device: torch.device, folder: RunFold
         log.warning("FALLBACK: %s could not be had, everything below is measured on %s", data.requested, data.name)
     provenance = provenance_of(config, data, device)
     with _deterministic():
-        rows = experiment.measure(Context(config, data, device, tracker))
+        context = Context(config, data, device, tracker)
+        with context.bars:
+            rows = experiment.measure(context)
     folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
     verdicts = experiment.judge(rows, config.criteria)
     folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])

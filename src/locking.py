@@ -32,7 +32,7 @@ class ErrorSignal:
     @classmethod
     def of(cls, covectors: Float[Tensor, "n ..."], log_scale: Float[Tensor, " n"]) -> "ErrorSignal":
         """Normalise covectors that stand for exp(log_scale)·covector."""
-        norm = covectors.flatten(1).norm(dim=1)
+        norm = covectors.reshape(len(covectors), -1).norm(dim=1)
         safe = torch.where(norm > 0, norm, 1)
         return cls(covectors / safe.reshape(-1, *[1] * (covectors.ndim - 1)), norm.log() + log_scale)
 
@@ -49,7 +49,7 @@ class ErrorSignal:
         """The samples' signals as rows, all divided by the norm of the longest."""
         longest = self.log_norm.max()
         share = (self.log_norm - longest).exp() if longest > -torch.inf else torch.zeros_like(self.log_norm)
-        return self.direction.flatten(1) * share.unsqueeze(1)
+        return self.direction.reshape(len(share), -1) * share.unsqueeze(1)
 
 
 def loss_signal(loss: Loss, outputs: Float[Tensor, "n ..."], targets: Tensor) -> ErrorSignal:

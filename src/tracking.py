@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 
 from src.certificate import Certificate
@@ -58,7 +59,7 @@ class WandB:
             self.run.summary[f"certificate/{name}/{key}"] = value
         self.run.log({f"certificate/{name}/layers": wandb.Table(dataframe=certificate.layers)})
         for stage, values in zip(certificate.severity["stage"], certificate.singular_values, strict=True):
-            self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(values.flatten().tolist())})
+            self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(np_histogram=histogram(values.cpu().numpy()))})
 
     def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
         """Log the verdicts as a table, the figure, and the folder."""
@@ -70,6 +71,12 @@ class WandB:
         for file in sorted(folder.iterdir()):
             artifact.add_file(str(file))
         self.run.log_artifact(artifact)
+
+
+def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and edges of 64 bins; singular values that differ only by rounding still get bins of some width."""
+    margin = 1e-6 * np.abs(values).max() or 1.0
+    return np.histogram(values, bins=64, range=(values.min() - margin, values.max() + margin))
 
 
 @contextmanager

@@ -66,6 +66,9 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
 
     Returns: the verdict, with the cell that decided it as evidence.
     """
+    if cells.empty:
+        return _verdict(claim, criterion, "inconclusive", None, "no cell: nothing was measured")
+    cells = cells.reset_index(drop=True)
     low = -np.inf if criterion.at_least is None else criterion.at_least
     high = np.inf if criterion.at_most is None else criterion.at_most
     inside = (cells["lo"] >= low) & (cells["hi"] <= high)

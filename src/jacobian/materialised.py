@@ -15,14 +15,14 @@ from torch.func import functional_call, vjp, vmap
 CHUNK_BYTES = 2**28
 
 
-def transpose(function: Callable[[Any], Tensor], point: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def transpose(function: Callable[[Any], Any], point: Any) -> tuple[Any, Callable[[Any], Any]]:
     """f(x), and the transpose of its derivative there: v ↦ vᵀ ∂f/∂x.
 
     Args:
-        function: f.
+        function: f; its values are tensors, or dictionaries of tensors.
         point: x, a tensor or a dictionary of tensors.
     """
-    outputs, pull_back = cast(tuple[Tensor, Callable[[Tensor], tuple[Any]]], vjp(function, point))
+    outputs, pull_back = cast(tuple[Any, Callable[[Any], tuple[Any]]], vjp(function, point))
     return outputs, lambda covector: pull_back(covector)[0]
 
 

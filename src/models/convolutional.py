@@ -6,7 +6,15 @@ from torch import nn
 
 from src.errors import UserError
 from src.models.layers import Layers, stage
-from src.models.residual import block, ending, entry, subsample_and_pad
+from src.models.residual import Value, block, ending, entry, subsample_and_pad
+
+
+class GlobalMean(nn.Module):
+    """The mean over all pixels; unlike adaptive pooling its gradient is deterministic on CUDA."""
+
+    def forward(self, x: Value) -> Value:
+        """[n, c, h, w] to [n, c]."""
+        return x.mean((2, 3))
 
 
 def cifar(layers: Layers, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, nn.Module]]:
@@ -23,7 +31,7 @@ def cifar(layers: Layers, shape: tuple[int, int, int], classes: int) -> Iterator
         second = layers.conv(outputs, outputs, scale=layers.branch_scale)
         yield f"block{index + 1}", block(layers, first, second, subsample_and_pad(outputs - channels) if widens else nn.Identity())
         channels = outputs
-    yield "readout", ending(layers, channels, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=layers.linear(channels, classes))
+    yield "readout", ending(layers, channels, pool=GlobalMean(), linear=layers.linear(channels, classes))
 
 
 def vgg(layers: Layers, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, nn.Module]]:
@@ -43,5 +51,5 @@ def vgg(layers: Layers, shape: tuple[int, int, int], classes: int) -> Iterator[t
         yield f"conv{index + 1}", stage(conv=conv, norm=layers.norm(outputs), activation=layers.activation(), pool=pool)
         channels = outputs
     dense = layers.linear(channels, channels)
-    yield "dense", stage(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=dense, activation=layers.activation())
+    yield "dense", stage(pool=GlobalMean(), linear=dense, activation=layers.activation())
     yield "readout", layers.linear(channels, classes)
