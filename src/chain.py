@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.errors import UserError
 
 BatchNormMode = Literal["eval", "train"]
+Value = Tensor | Proxy  # torch.fx traces the stages with proxies
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class OnBatch(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, batch: Float[Tensor, "1 n ..."]) -> Tensor:
+    def forward(self, batch: Value) -> Value:
         """Apply the stage to the batch."""
         return self.stage(batch.squeeze(0)).unsqueeze(0)
 
@@ -71,8 +73,7 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model is not sequential, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    is_sequential = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
-    if not is_sequential or not model._modules:
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward or not model._modules:
         raise UserError(f"certify takes an nn.Sequential of stages; got {type(model).__name__}: wrap its stages in one, in order")
     twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
@@ -88,8 +89,8 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
     return chain
 
 
-def _copy(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a stage may write over without touching the state before it."""
+def _copy(_: nn.Module, arguments: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Give a stage a copy of its input: it may write over that, not over the state before it."""
     return tuple(argument.clone() for argument in arguments)
 
 

@@ -11,17 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from src.statistics import Estimate, bootstrap_interval, exactly, greatest, least, paired_difference, slope, t_interval
+from src.statistics import Estimate, exactly, greatest, least, paired_difference, slope, t_interval
 
 T4 = 2.7764451051977987  # 97.5% point of Student's t at 4 degrees of freedom, from tables
 SAMPLE = [1.0, 2.0, 4.0, 7.0, 11.0]
-TEN = np.random.default_rng(0).normal(size=10)
 samples = arrays(np.float64, 6, elements=st.floats(-10, 10, width=32))
 few = settings(max_examples=25, deadline=None)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def naive_t(values: list[float], t: float) -> tuple[float, float, float]:
@@ -72,40 +67,6 @@ def test_t_interval_moves_and_scales_with_the_sample(x: np.ndarray, scale: float
 def test_more_confidence_is_a_wider_interval(x: np.ndarray) -> None:
     narrow, wide = t_interval(x, 0.5), t_interval(x, 0.99)
     assert wide.lo <= narrow.lo <= narrow.value <= narrow.hi <= wide.hi
-
-
-def test_bootstrap_is_seeded_and_near_the_t_interval() -> None:
-    x = np.random.default_rng(1).normal(size=200)
-    estimate = bootstrap_interval(x, generator())
-    assert estimate == bootstrap_interval(x, generator())
-    assert estimate != bootstrap_interval(x, generator(1))
-    assert numbers(estimate) == pytest.approx(numbers(t_interval(x)), abs=0.02)
-    assert (estimate.n, estimate.method) == (200, "bootstrap BCa 95%")
-
-
-def test_bootstrap_of_a_median_contains_it() -> None:
-    estimate = bootstrap_interval(TEN, generator(), np.median)
-    assert estimate.value == np.median(TEN)
-    assert TEN.min() <= estimate.lo <= estimate.value <= estimate.hi <= TEN.max()
-
-
-def test_bootstrap_of_ties_falls_back_and_says_so() -> None:
-    estimate = bootstrap_interval([1.0] * 12, generator())
-    assert numbers(estimate) == (1.0, 1.0, 1.0)
-    assert estimate.method == "bootstrap percentile 95%"
-
-
-def test_bootstrap_leaves_numpys_random_state_alone() -> None:
-    np.random.seed(0)  # noqa: NPY002
-    expected = np.random.rand()  # noqa: NPY002
-    np.random.seed(0)  # noqa: NPY002
-    bootstrap_interval(TEN, generator())
-    assert np.random.rand() == expected  # noqa: NPY002
-
-
-def test_bootstrap_refuses_nine_values() -> None:
-    with pytest.raises(ValueError, match="below 10 values, got 9"):
-        bootstrap_interval(TEN[:9], generator())
 
 
 def test_slope_is_that_of_scipy() -> None:
@@ -194,7 +155,6 @@ def test_a_number_that_no_draw_decides_is_exact() -> None:
         t_interval,
         least,
         greatest,
-        lambda x: bootstrap_interval(x, generator()),
         lambda x: slope(x, x),
         lambda x: slope(range(12), x),
         lambda x: paired_difference(range(12), x),
@@ -218,6 +178,5 @@ def test_a_sample_is_one_axis_with_something_on_it(values) -> None:
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
 def test_confidence_is_a_fraction(confidence: float) -> None:
-    for interval in (lambda: t_interval(SAMPLE, confidence), lambda: bootstrap_interval(TEN, generator(), confidence=confidence)):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            interval()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        t_interval(SAMPLE, confidence)
