@@ -157,14 +157,14 @@ def certify(
         raise UserError("certify: method='matrix_free' is not available yet; use 'auto' or 'exact'")
     chain = cut(model, stages, dtype, batch_norm)
     layers, severities, spectra = [], [], []
-    probe_generator = generator(0, "lock condition", device=inputs.device)
+    probe_generator = generator(0, "lock condition")
     for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
         _require_memory(link)
         J = layer_jacobian(link.stage, link.inputs)
         require_finite(J, f"the Jacobian of stage '{link.name}'")
         s = spectrum(J)
         gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
-        probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype, device=inputs.device)
+        probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
         layers.append(_layer_rows(link, s, gradients))
         condition = lock_condition(link.stage, link.inputs, gradients, probe)
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **condition})
