@@ -38,7 +38,7 @@ def main() -> int:
     for name in arguments.names or NAMES:
         try:
             source = newest_rows(name, arguments.results)
-            for file in draw(name, row_table.read(source), arguments.out):
+            for file in draw(name, read(name, source), arguments.out):
                 print(f"{file}  ←  {source}")
         except (UserError, OSError) as error:
             failures += 1
@@ -56,6 +56,17 @@ def newest_rows(name: str, results: Path) -> Path:
     if not runs and not reference.exists():
         raise UserError(f"no finished run under {results} and no reference rows; run python -m src.run experiment={name}")
     return runs[-1] / "rows.parquet" if runs else reference
+
+
+def read(name: str, source: Path) -> pd.DataFrame:
+    """The rows of an experiment from a file.
+
+    Raises: UserError when the file is damaged, or holds none or another experiment's.
+    """
+    rows = row_table.read(source)
+    if set(rows["experiment"]) != {name}:
+        raise UserError(f"{source}: not the rows of {name}; run python -m src.run experiment={name} with force=true")
+    return rows
 
 
 def draw(name: str, rows: pd.DataFrame, out: Path) -> list[Path]:

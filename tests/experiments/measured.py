@@ -1,0 +1,84 @@
+"""Contexts and rows of the experiments on the bundled digits, and rows with some of their values replaced."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+
+from src import run
+from src.config import Config, register_resolvers
+from src.data.load import Data, load
+from src.experiment import Context, Experiment
+from src.rows import pick
+from src.tracking import Silent
+from src.verdict import Verdict
+
+SMALL = ("model.width=32", "grid.seeds=2", "grid.samples=3", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
+
+
+def config(name: str, *overrides: str) -> Config:
+    """An experiment's configuration on the digits at `scale=smoke`."""
+    register_resolvers()
+    with initialize_config_dir(config_dir=str(run.CONF), version_base="1.3"):
+        choices = [f"experiment={name}", "data=digits", "scale=smoke", "tracker=none"]
+        return run.check(compose("config", overrides=[*choices, *overrides]))
+
+
+@cache
+def digits(train_size: int | None, test_size: int | None) -> Data:
+    sized = config("residual_unlock", f"data.train_size={train_size or 'null'}", f"data.test_size={test_size or 'null'}")
+    return load(sized.data, torch.device("cpu"))
+
+
+def context(name: str, *overrides: str) -> Context:
+    """What an experiment measures with."""
+    asked = config(name, *overrides)
+    return Context(asked, digits(asked.data.train_size, asked.data.test_size), torch.device("cpu"), Silent())
+
+
+def experiment(name: str) -> Experiment:
+    return import_module(f"experiments.{name}")
+
+
+@cache
+def small_rows(name: str) -> pd.DataFrame:
+    """Really measured rows on a tiny grid; not to be written to."""
+    return experiment(name).measure(context(name, *SMALL))
+
+
+def verdicts(name: str, rows: pd.DataFrame) -> dict[str, Verdict]:
+    """The verdicts on rows, by criterion."""
+    found = experiment(name).judge(rows, config(name).criteria)
+    return {verdict.claim.partition("/")[2]: verdict for verdict in found}
+
+
+Values = float | Callable[[pd.DataFrame], Sequence[float]]
+Change = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+def put(quantity: str, values: Values, **coordinates: object) -> Change:
+    """Replace the values of one quantity at the given coordinates."""
+
+    def change(rows: pd.DataFrame) -> pd.DataFrame:
+        chosen = pick(rows, quantity, **coordinates)
+        assert not chosen.empty, (quantity, coordinates)
+        changed = rows.copy()
+        changed.loc[chosen.index, "value"] = values(chosen) if callable(values) else values
+        return changed
+
+    return change
+
+
+def swap(part: str, written: pd.DataFrame) -> Change:
+    """Replace the rows of one part by rows written by hand."""
+    return lambda rows: pd.concat([rows[rows["part"] != part], written.assign(part=part)], ignore_index=True)
+
+
+def after(rows: pd.DataFrame, changes: Sequence[Change]) -> pd.DataFrame:
+    """The rows after all changes, one by one."""
+    for change in changes:
+        rows = change(rows)
+    return rows

@@ -1,0 +1,245 @@
+"""vanishing_products: verdicts follow the rows, the numbers of mean-field theory are measured, rows repeat bit for bit."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments import vanishing_products as claim
+from src import mean_field
+from src.certificate import certify
+from src.config import ModelConfig
+from src.experiment import Context
+from src.models import build
+from src.statistics import slope
+from tests.experiments.measured import SMALL, after, config, context, put, small_rows, swap, verdicts
+
+NAME = "vanishing_products"
+
+
+def predicted(nets: pd.DataFrame) -> np.ndarray:
+    return np.array([mean_field.chi(net.activation, net.weight_var, net.bias_var) for net in nets.itertuples()])
+
+
+def log_predicted(nets: pd.DataFrame) -> np.ndarray:
+    return np.log(predicted(nets))
+
+
+def edge(accuracy: dict[int, float]) -> pd.DataFrame:
+    """Short trainings at σw² = 1.3 (ξ = 7.83) and 2.5, the shallow ones right in every image, by depth."""
+    lines = [
+        {
+            "quantity": "train_accuracy",
+            "value": value,
+            "activation": "tanh",
+            "bias_var": 0.05,
+            "depth": depth,
+            "net_seed": 0,
+            "weight_var": var,
+        }
+        for var, values in ((1.3, accuracy), (2.5, dict.fromkeys(accuracy, 1.0)))
+        for depth, value in values.items()
+    ]
+    return pd.DataFrame(lines)
+
+
+ONE_DRAW = {"activation": "relu", "depth": 8, "sample": 1, "net_seed": 0}
+TANH = {"activation": "tanh", "weight_var": 1.3}
+HIDDEN = {"part": "hiding"}
+UNIFORM, OTHER = {"part": "scaled", "chain": "uniform"}, {"part": "scaled", "chain": "not uniform"}
+FALLING = put("gradient", lambda nets: -nets["depth"], part="bound", **TANH)
+
+# criterion, what is changed in the measured rows, verdict
+CASES = [
+    ("bound_as_stated", [put("gradient", -100.0)], "holds"),
+    ("bound_as_stated", [put("gradient", -100.0), put("gradient", 100.0, **ONE_DRAW)], "refuted"),
+    ("bound", [put("gradient", -100.0)], "holds"),
+    ("bound", [put("gradient", 100.0, **ONE_DRAW)], "refuted"),
+    ("orthogonal_violation", [], "holds"),
+    ("orthogonal_violation", [put("input_norm", lambda rows: rows["value"] * (1 + 1e-8), sample=1)], "refuted"),
+    ("small_norms_vanish", [put("error_signal", lambda rows: -rows["depth"], **OTHER, layer=1)], "holds"),
+    ("small_norms_vanish", [], "refuted"),
+    ("uniform_norms_vanish", [put("error_signal", lambda rows: -rows["depth"], **OTHER, layer=1)], "holds"),
+    ("uniform_norms_vanish", [], "holds_if"),
+    ("uniform_norms_vanish", [put("error_signal", 0.0, **UNIFORM)], "refuted"),
+    ("large_norms_vanish", [FALLING, put("mean_norm", 1.9, **TANH)], "holds"),
+    ("large_norms_vanish", [FALLING, put("gradient", 0.0, **TANH, depth=8, sample=1), put("mean_norm", 1.9, **TANH)], "refuted"),
+    ("large_norms_vanish", [FALLING, put("mean_norm", 0.9, **TANH)], "inconclusive"),
+    ("chi", [put("chi", predicted)], "holds"),
+    ("chi", [put("chi", predicted), put("chi", lambda nets: 1.1 * predicted(nets), **TANH)], "refuted"),
+    ("chi", [put("chi", predicted), put("chi", 0.0, **TANH, net_seed=0)], "inconclusive"),
+    ("rate", [put("rate", log_predicted)], "holds"),
+    ("rate", [put("rate", log_predicted), put("rate", lambda nets: log_predicted(nets) - 0.1, **TANH)], "refuted"),
+    ("chi_decides", [put("rate", -0.1)], "holds"),
+    ("chi_decides", [put("rate", log_predicted)], "holds_if"),
+    ("chi_decides", [put("rate", log_predicted), put("rate", 0.1, **TANH)], "refuted"),
+    ("depth_scale", [put("rate", log_predicted)], "holds"),
+    ("depth_scale", [put("rate", lambda nets: 1.2 * log_predicted(nets), **TANH)], "refuted"),
+    ("trainable_depth", [swap("edge", edge({8: 1.0, 32: 0.9, 64: 0.1}))], "holds"),
+    ("trainable_depth", [swap("edge", edge({8: 0.2, 32: 0.1, 64: 0.1}))], "refuted"),
+    ("trainable_depth", [swap("edge", edge({8: 1.0, 32: 0.9, 128: 0.9}))], "refuted"),
+    ("trainable_depth", [swap("edge", edge({8: 1.0, 32: 0.1}))], "inconclusive"),
+    ("weight_gradient_hides", [put("error_signal", lambda rows: rows["layer"], **HIDDEN), put("weight_gradient", 0.0, **HIDDEN)], "holds"),
+    (
+        "weight_gradient_hides",
+        [put(signal, lambda rows: rows["layer"], **HIDDEN) for signal in ("error_signal", "weight_gradient")],
+        "refuted",
+    ),
+]
+
+
+@pytest.mark.parametrize(("criterion", "changes", "word"), CASES)
+def test_the_verdict_follows_the_rows(criterion: str, changes: list, word: str) -> None:
+    assert verdicts(NAME, after(small_rows(NAME), changes))[criterion].verdict == word
+
+
+def test_every_criterion_is_seen_on_both_sides() -> None:
+    words = {name: {word for criterion, _, word in CASES if criterion == name} for name in config(NAME).criteria}
+    assert [name for name, found in words.items() if "refuted" not in found or not found & {"holds", "holds_if"}] == []
+
+
+def test_exact_statements_come_out_on_real_rows() -> None:
+    found = {name: verdict.verdict for name, verdict in verdicts(NAME, small_rows(NAME)).items()}
+    assert (found["bound_as_stated"], found["bound"], found["orthogonal_violation"]) == ("refuted", "holds", "holds")
+    assert (found["small_norms_vanish"], found["uniform_norms_vanish"]) == ("refuted", "holds_if")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Context:
+    return context(NAME, "grid.samples=8")
+
+
+def model(lab: Context, **changes: object) -> ModelConfig:
+    return config(NAME, *(f"model.{key}={value}" for key, value in {"width": 256, **changes}.items())).model
+
+
+def measured_chi(lab: Context, seeds: int = 3, **changes: object) -> float:
+    """Mean over nets of the mean squared singular value."""
+    inputs, _ = lab.samples(lab.data.test, 2)
+    asked = model(lab, depth=14, **changes)
+    return float(np.mean([claim.mean_squared_singular_value(lab.network(asked, seed), inputs.double()) for seed in range(seeds)]))
+
+
+@pytest.mark.parametrize(("weight_var", "known"), [(1.3, 0.880), (1.761, 1.000), (2.5, 1.1335)])
+def test_chi_of_tanh_nets(lab: Context, weight_var: float, known: float) -> None:
+    assert measured_chi(lab, weight_var=weight_var) == pytest.approx(known, rel=0.025)
+    assert measured_chi(lab, seeds=1, weight_var=1.2 * weight_var) != pytest.approx(known, rel=0.025)
+
+
+def test_chi_of_relu_nets_at_their_critical_variance(lab: Context) -> None:
+    assert measured_chi(lab, activation="relu", weight_var=2.0, bias_var=0.0) == pytest.approx(1, rel=0.03)
+    assert measured_chi(lab, seeds=1, activation="relu", weight_var=1.8, bias_var=0.0) != pytest.approx(1, rel=0.03)
+
+
+def crossing(lab: Context, bias_var: float, around: float) -> float:
+    """The σw² at which the measured χ of tanh nets crosses 1, between two that enclose it."""
+    low, high = 0.85 * around, 1.15 * around
+    below, above = (measured_chi(lab, seeds=2, weight_var=weight_var, bias_var=bias_var) for weight_var in (low, high))
+    assert below < 1 < above
+    return low + (high - low) * (1 - below) / (above - below)
+
+
+def test_critical_line(lab: Context) -> None:
+    measured = [crossing(lab, bias_var, known) for bias_var, known in ((0.01, 1.4242), (0.05, 1.7610), (0.25, 2.4015))]
+    assert measured == pytest.approx([1.4242, 1.7610, 2.4015], rel=0.03)
+    # the line of another activation is another one
+    assert measured_chi(lab, seeds=1, activation="sigmoid", weight_var=1.4242, bias_var=0.01) < 0.5
+
+
+def depth_scale(lab: Context, weight_var: float, seeds: int = 8) -> float:
+    """−1/slope of ln ‖g_l‖² against the distance from the loss, mean slope over nets."""
+    asked = model(lab, depth=40, weight_var=weight_var)
+    slopes = []
+    for seed in range(seeds):
+        signal = claim.error_signals(lab, lab.network(asked, seed))
+        deep = range(10, 40)
+        slopes.append(slope([40 - layer for layer in deep], [2 * signal[layer] for layer in deep]).value)
+    return -1 / float(np.mean(slopes))
+
+
+def test_depth_scale_of_the_error_signal(lab: Context) -> None:
+    assert depth_scale(lab, 1.3) == pytest.approx(7.83, rel=0.15)
+    assert depth_scale(lab, 1.0, seeds=2) != pytest.approx(7.83, rel=0.15)
+
+
+def test_large_norms_do_not_prevent_vanishing(lab: Context) -> None:
+    """σw² = 1.3, L = 20: mean ‖J‖ ≈ 1.9 (the input's layer and the readout apart), and the gradient falls all the same."""
+    inputs, targets = lab.samples(lab.data.test, 2)
+    certificate = certify(claim.exact_network(lab, model(lab, depth=20, weight_var=1.3), 0), inputs, targets)
+    hidden = certificate.layers.query("1 < index < 20")
+    assert hidden["norm"].mean() == pytest.approx(1.9, rel=0.1)
+    assert (certificate.bound()["rhs"] - certificate.bound()["lhs"]).min() > 9
+    assert math.exp(hidden["log_error_norm"].iloc[0] - hidden["log_error_norm"].iloc[-1]) < 0.6
+
+
+def orthogonal(lab: Context) -> ModelConfig:
+    return model(lab, width=32, depth=8, activation="linear", init="orthogonal", weight_var=1.0, bias_var=0.0)
+
+
+def violation(lab: Context, network: torch.nn.Sequential) -> np.ndarray:
+    """By how much each sample breaks the bound as stated, as a factor."""
+    bound = certify(network, *lab.samples(lab.data.test, 8)).bound()
+    return np.exp((bound["lhs"] - bound["rhs_as_stated"]).to_numpy())
+
+
+def test_the_stated_bound_is_broken_by_the_norm_of_the_input_and_its_bias(lab: Context) -> None:
+    inputs, _ = lab.samples(lab.data.test, 8)
+    known = inputs.double().flatten(1).square().sum(1).add(1).sqrt().numpy()
+    network = claim.exact_network(lab, orthogonal(lab), 0)
+    assert known.min() > 1
+    np.testing.assert_allclose(violation(lab, network), known, rtol=1e-9)
+    with torch.no_grad():
+        claim.linears(network)[3].weight[0].mul_(0.5)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(violation(lab, network), known, rtol=1e-9)
+
+
+@pytest.mark.parametrize("depth", [2, 8, 32])
+def test_norms_below_one_whose_product_stays(lab: Context, depth: int) -> None:
+    """∏_{l≤L} (1 − 1/(l+1)²) = (L+2)/(2(L+1)) → ½, and the gradient with it."""
+    asked = model(lab, width=32, depth=depth, activation="linear", init="orthogonal", weight_var=1.0, bias_var=0.0)
+    products = {}
+    for kind, norm in claim.SCALED.items():
+        network = claim.exact_network(lab, asked, 0)
+        claim.scale_layers(network, norm)
+        certificate = certify(network, *lab.samples(lab.data.test, 2))
+        assert certificate.layers["norm"].max() < 1
+        products[kind] = float(certificate.log_attenuation.mean().exp())
+        signal = claim.error_signals(lab, network)
+        assert signal[1] - signal[depth] == pytest.approx(math.log(products[kind] / norm(1)), rel=1e-9)
+    assert products == pytest.approx({"uniform": 0.9**depth, "not uniform": (depth + 2) / (2 * (depth + 1))}, rel=1e-12)
+
+
+def test_weight_gradients_hide_what_becomes_of_the_error_signal(lab: Context) -> None:
+    found = pd.DataFrame(claim._hiding(context(NAME, "model.width=256", "grid.rate_depth=16", "grid.seeds=3")))
+    ends = found[found["layer"].isin([2, 15])].groupby(["quantity", "layer"])["value"].mean()
+    fall = {quantity: ends[quantity, 15] - ends[quantity, 2] for quantity in ("error_signal", "weight_gradient")}
+    # 13 layers of χ = ½
+    assert fall["error_signal"] == pytest.approx(13 * math.log(2) / 2, rel=0.15)
+    assert abs(fall["weight_gradient"]) < 0.15 * fall["error_signal"]
+
+
+def test_networks_of_one_seed_are_one_network(lab: Context) -> None:
+    asked = model(lab, width=32, depth=4)
+    first, second = (build(asked, lab.data.shape, lab.data.classes, lab.generator("init", seed)).state_dict() for seed in (0, 1))
+    again = lab.network(asked, 0).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["layer1.linear.weight"], second["layer1.linear.weight"])
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    rows = small_rows(NAME)
+    pd.testing.assert_frame_equal(claim.measure(context(NAME, *SMALL)), rows, check_exact=True)
+    other = claim.measure(context(NAME, *SMALL, "seed=1"))
+    shared = rows.columns.drop("value")
+    pd.testing.assert_frame_equal(other[shared], rows[shared])
+    random = ~rows["quantity"].isin(["attenuation", "diverged", "train_accuracy", "test_accuracy"])
+    assert (other["value"] != rows["value"])[random].mean() > 0.99
+
+
+def test_another_weight_variance_leaves_the_other_rows_as_they_were() -> None:
+    more = claim.measure(context(NAME, *SMALL, "grid.weight_vars=[0.7,1.3,2.5]"))
+    assert (more["weight_var"] == 0.7).any()
+    pd.testing.assert_frame_equal(more[more["weight_var"] != 0.7].reset_index(drop=True), small_rows(NAME), check_exact=True)

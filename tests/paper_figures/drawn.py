@@ -1,0 +1,58 @@
+"""Rows as a finished run leaves them, and what every figure must have."""
+
+import importlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from src import rows as row_table
+from src.experiment import stamp_of
+from tests.experiments.measured import SMALL, context, experiment, small_rows
+
+NAMES = ("residual_unlock", "vanishing_products")
+
+
+@cache
+def parquet(name: str, fallback: bool = False, run: str = "a-run") -> bytes:
+    """Rows of a tiny run, as its rows.parquet."""
+    measured = context(name, *SMALL)
+    stamp = stamp_of(measured.config, measured.data, run, {"commit": "0" * 40, "dirty": False})
+    if fallback:
+        stamp |= {"data_requested": "mnist", "fallback": True}
+    return row_table.to_parquet(small_rows(name), experiment(name).QUANTITIES, stamp)
+
+
+def finished_run(results: Path, name: str, run: str = "a-run") -> Path:
+    """Put a finished run into a results folder; return its rows."""
+    folder = results / name / "digits" / "smoke" / f"seed0-{run}"
+    folder.mkdir(parents=True)
+    (folder / "rows.parquet").write_bytes(parquet(name, run=run))
+    (folder / "status.json").write_text('{"status": "done"}', encoding="utf-8")
+    return folder / "rows.parquet"
+
+
+def read(name: str, folder: Path, fallback: bool = False) -> pd.DataFrame:
+    file = folder / f"{name}.parquet"
+    file.write_bytes(parquet(name, fallback))
+    return row_table.read(file)
+
+
+def draw(name: str, rows: pd.DataFrame) -> Figure:
+    return importlib.import_module(f"paper_figures.{name}").draw(rows)
+
+
+def check_panels(figure: Figure, count: int) -> None:
+    """Every panel has its letter, a title and labelled axes, and shows something."""
+    lettered = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert len(lettered) == count
+    for letter, axis in zip("abcdef", lettered, strict=True):
+        assert axis.get_title(loc="left").startswith(rf"$\mathbf{{{letter}}}$  ")
+        assert len(axis.get_title(loc="left")) > len(rf"$\mathbf{{{letter}}}$  ")
+        assert axis.get_xlabel()
+        assert axis.get_ylabel()
+        assert axis.has_data()
+        for line in axis.get_lines():
+            assert np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any(), (letter, line.get_label())

@@ -1,0 +1,88 @@
+"""The README's commands, run as they stand but for the scale, the tracker and where they write."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA_ROOT = os.environ.get("DATA_ROOT")
+SMALL = ("scale=smoke", "grid.seeds=2", "grid.samples=2", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
+OFFLINE = ("tracker=none", "data.mirrors=[]", "data.fallback=digits")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `python -m src…` and `python -m paper_figures` of the README, without what follows a #."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    ours = [line for line in lines if line[:2] == ["python", "-m"] and line[2].split(".")[0] in ("src", "paper_figures")]
+    return list({tuple(line): line for line in ours}.values())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One results folder for all commands: figures are drawn from what ran before them."""
+    return tmp_path_factory.mktemp("results")
+
+
+def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
+    """The command with what keeps it small, off the network and out of the repository."""
+    module = command[2]
+    if module == "src.data":
+        return [*command, "--root", str(DATA_ROOT)]
+    if module == "paper_figures":
+        return [*command, "--results", str(results), "--out", str(out)]
+    if not any(argument.startswith("experiment=") for argument in command):
+        return command
+    return [*command, f"results_dir={results}", *SMALL, *OFFLINE]
+
+
+def answer(arguments: list[str]) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_are_found() -> None:
+    modules = [command[2] for command in commands()]
+    assert {"src.run", "src.data", "paper_figures"} == set(modules)
+    assert not any("#" in argument for command in commands() for argument in command)
+    mentioned = [line for line in README.splitlines() if re.match(r"python -m (src|paper_figures)", line)]
+    assert len({line.split("#")[0].strip() for line in mentioned}) == len(modules)
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> None:
+    if command[2] == "src.data" and not DATA_ROOT:
+        pytest.skip("DATA_ROOT is not set: fetching would download")
+    if "data=cifar10" in command and not (DATA_ROOT and (Path(DATA_ROOT) / "cifar-10-batches-py").is_dir()):
+        pytest.skip("no CIFAR-10 under DATA_ROOT: fetching would download")
+    printed = answer(within_the_test(command, results, tmp_path)[1:])
+    assert printed.strip()
+    if command[2] == "paper_figures":
+        names = command[3:]
+        assert {file.name for file in tmp_path.iterdir()} == {
+            f"{name}.{kind}" for name in names for kind in ("pdf", "png", "tex", "md", "csv")
+        }
+        assert printed.count("←") == 5 * len(names)
+
+
+def test_the_python_block_runs() -> None:
+    (block,) = blocks("python")
+    assert "skip depth" in answer(["-c", block])
+
+
+def test_every_experiment_and_figure_stands_in_the_readme() -> None:
+    for file in (ROOT / "conf/experiment").glob("*.yaml"):
+        assert f"`{file.stem}`" in README
+        assert f"experiment={file.stem}" in README
