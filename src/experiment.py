@@ -96,7 +96,7 @@ def run_experiment(config: Config) -> tuple[RunFolder, bool]:
     """Run one experiment into its folder; one that is finished is left as it is unless `force`.
 
     Returns: the run's folder, and whether it was finished before.
-    Raises: UserError for what the user can mend: the device, the data, the folder, the disk; RunFailed for a crash.
+    Raises: UserError for what the user can mend: the device, the data, the folder, the disk; RunError for a crash.
     """
     device = choose_device(config.device)
     data = load(config.data, device)

@@ -48,7 +48,7 @@ def run_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()[:10]
 
 
-class RunFailed(Exception):
+class RunError(Exception):
     """A run crashed: says with what, and which file holds the traceback."""
 
 
@@ -96,7 +96,7 @@ class RunFolder:
     def running(self) -> Iterator["RunFolder"]:
         """Own the folder while a run lasts; leave it done, failed or interrupted, and never lose a finished run to one that is not.
 
-        Raises: UserError when another process runs it, the place can't be written, or the disk is full; RunFailed when the run crashes.
+        Raises: UserError when another process runs it, the place can't be written, or the disk is full; RunError when the run crashes.
         """
         with self._owned():
             try:
@@ -114,7 +114,7 @@ class RunFolder:
                 told = self._end("failed", reason=reason, traceback=traceback.format_exc())
                 if isinstance(error, UserError):
                     raise
-                raise RunFailed(f"{self.config.claim.name} crashed with {reason}; the traceback is in {told}") from error
+                raise RunError(f"{self.config.claim.name} crashed with {reason}; the traceback is in {told}") from error
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the folder atomically."""

@@ -15,7 +15,7 @@ import sys
 import traceback
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config import Config, register_resolvers, to_config, unknown_key
 from src.data.catalogue import CATALOGUE
 from src.errors import UserError
-from src.results import RunFailed
+from src.results import RunError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -45,7 +45,7 @@ def main() -> int:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(composed: DictConfig) -> None:
-        codes.append(_run(composed))
+        codes.append(run(composed))
 
     try:
         asked = _options()
@@ -60,8 +60,8 @@ def main() -> int:
     return max(codes, default=0)
 
 
-def _run(composed: DictConfig) -> int:
-    """One run; what goes wrong is told and turned into an exit code, so that a sweep goes on."""
+def run(composed: DictConfig) -> int:
+    """Run one composed config; what goes wrong is told and turned into the exit code that is returned, so that a sweep goes on."""
     try:
         config = check(composed)
         # heavy imports only now that the config is known to be good
@@ -72,7 +72,7 @@ def _run(composed: DictConfig) -> int:
         return 0
     except UserError as error:
         return _complain(str(error), 2)
-    except RunFailed as error:
+    except RunError as error:
         return _complain(str(error), 1)
     except Exception:
         # no run folder holds it yet
@@ -91,8 +91,9 @@ def check(composed: DictConfig) -> Config:
         raise UserError(f"no experiment given; add experiment=NAME, one of {', '.join(_experiments())}")
     config = to_config(composed)
     name = config.claim.name
-    own = OmegaConf.load(CONF / "experiment" / f"{name}.yaml") if name in _experiments() else None
-    if own is None or composed.claim != own.claim:
+    file = CONF / "experiment" / f"{name}.yaml"
+    own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else {}
+    if composed.claim != own.get("claim"):
         raise UserError("claim: stands in the experiment's own file and is not for the command line; choose with experiment=NAME")
     for part in ("grid", "criteria"):
         for key in sorted(set(composed[part]) ^ set(own[part])):

@@ -1,5 +1,6 @@
 """Weights & Biases as a mirror of the run folder; `tracker=none` never imports it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 
 from src.certificate import Certificate
 from src.config import Config
+from src.errors import UserError
 from src.results import to_plain
 
 
@@ -47,7 +49,8 @@ class WandB:
         self.run = run
 
     def curve(self, name: str, history: pd.DataFrame) -> None:
-        """Log every row under `curves/<name>/`."""
+        """Log every row under `curves/<name>/`, over the training's own steps."""
+        self.run.define_metric(f"curves/{name}/*", step_metric=f"curves/{name}/step")
         for row in history.to_dict("records"):
             self.run.log({f"curves/{name}/{key}": value for key, value in row.items()})
 
@@ -62,15 +65,23 @@ class WandB:
             self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(np_histogram=histogram(values.cpu().numpy()))})
 
     def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
-        """Log the verdicts as a table, the figure, and the folder."""
+        """Log the verdicts as a table, the figure, and the folder.
+
+        Raises: UserError when Weights & Biases can't take them, for example on a full disk.
+        """
         import wandb
 
         text = verdicts.assign(interval=verdicts["interval"].map(str))
-        self.run.log({"verdicts": wandb.Table(dataframe=text), "figure": wandb.Image(str(folder / "figure.png"))})
-        artifact = wandb.Artifact(f"{folder.parts[-4]}-{self.run.id}", type="run-folder")
-        for file in sorted(folder.iterdir()):
-            artifact.add_file(str(file))
-        self.run.log_artifact(artifact)
+        try:
+            self.run.log({"verdicts": wandb.Table(dataframe=text), "figure": wandb.Image(str(folder / "figure.png"))})
+            artifact = wandb.Artifact(f"{folder.parts[-4]}-{self.run.id}", type="run-folder")
+            for file in sorted(folder.iterdir()):
+                artifact.add_file(str(file))
+            self.run.log_artifact(artifact)
+        except (OSError, wandb.Error) as error:
+            raise UserError(
+                f"{folder}: finished, but Weights & Biases can't take it ({error}); mend that, or do with tracker=none"
+            ) from error
 
 
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,26 +97,35 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
     Args:
         config: its `tracker.mode` is none, offline or online.
         run_id: the hash of what decides the run's numbers.
+
+    Raises: UserError when Weights & Biases can't be had: no key, no network.
     """
     if config.tracker.mode == "none":
         yield Silent()
         return
+    # wandb calls home about its own use, even offline
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     directory = Path(config.results_dir)
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, save_code=False)
-    run = wandb.init(
-        project=config.tracker.project,
-        entity=config.tracker.entity,
-        group=config.claim.name,
-        job_type=config.claim.heading,
-        name=run_id,
-        id=run_id,
-        mode=config.tracker.mode,
-        dir=directory,
-        config=to_plain(config),
-        settings=settings,
-    )
+    try:
+        run = wandb.init(
+            project=config.tracker.project,
+            entity=config.tracker.entity,
+            group=config.claim.name,
+            job_type=config.claim.heading,
+            name=run_id,
+            id=run_id,
+            mode=config.tracker.mode,
+            dir=directory,
+            config=to_plain(config),
+            settings=settings,
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"tracker={config.tracker.mode}: Weights & Biases can't be had ({error}); use tracker=offline, and `wandb sync` later"
+        ) from error
     failed = True
     try:
         yield WandB(run)

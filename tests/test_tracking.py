@@ -1,0 +1,207 @@
+"""One real experiment, cut down, mirrored offline: what W&B is told, and what it must never be told."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from src import rows as row_table
+from tests.conftest import ROOT, CommandLine
+from tests.tiny import Tiny
+
+CANARY = "0123456789abcdef" * 2 + "deadbeef"
+SMALL = (
+    *("experiment=vanishing_products", "scale=smoke", "data=mnist", "data.mirrors=[]", "tracker=offline", "seed=4"),
+    *("model.width=8", "grid.seeds=2", "grid.samples=2", "grid.depths=[2,4]", "grid.rate_depth=6", "grid.weight_vars=[1.3,1.7]"),
+    *("grid.train_depths=[4,8]", "grid.train_weight_vars=[1.3]", "training.max_steps=4"),
+)
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A finished run and what W&B holds of it."""
+
+    place: Path
+    done: subprocess.CompletedProcess[str]
+    connections: int
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = (self.place / "results/vanishing_products/mnist/smoke").glob("seed*")
+        return folder
+
+    @property
+    def run(self) -> Path:
+        (run,) = (self.place / "results/wandb").glob("offline-run-*")
+        return run
+
+    def inspect(self, *options: str) -> str:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(self.run)]
+        return subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=True).stdout
+
+    def environment(self) -> dict[str, str]:
+        folders = {f"WANDB_{name}_DIR": str(self.place / "wandb" / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+        return {**os.environ, **folders, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": CANARY}
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrored]:
+    """Run it in a process of its own, behind a proxy that only counts who calls."""
+    place = tmp_path_factory.mktemp("mirrored")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = {name: url for variable in ("http_proxy", "https_proxy", "all_proxy") for name in (variable, variable.upper())}
+        environment = {**Mirrored.environment(Mirrored(place, None, 0)), **proxies}  # type: ignore[arg-type]
+        command = [sys.executable, "-m", "src.run", *SMALL, f"data.root={place}/none"]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        connections = 0
+        proxy.setblocking(False)
+        while True:
+            try:
+                proxy.accept()[0].close()
+                connections += 1
+            except BlockingIOError:
+                break
+        yield Mirrored(place, done, connections)
+
+
+@pytest.fixture(scope="module")
+def summary(mirrored: Mirrored) -> dict[str, Any]:
+    return json.loads(mirrored.inspect("--summary"))
+
+
+@pytest.fixture(scope="module")
+def records(mirrored: Mirrored) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in mirrored.inspect().splitlines()]
+
+
+def test_offline_means_offline(mirrored: Mirrored) -> None:
+    assert mirrored.connections == 0
+
+
+def test_the_terminal_shows_the_run_and_nothing_of_wandb(mirrored: Mirrored) -> None:
+    assert "wandb" not in (mirrored.done.stdout + mirrored.done.stderr).replace(str(mirrored.place), "")
+    assert "Warning:" not in mirrored.done.stderr
+    assert "Traceback" not in mirrored.done.stderr
+    assert "FALLBACK" in mirrored.done.stderr
+
+
+def test_the_api_key_is_nowhere(mirrored: Mirrored) -> None:
+    files = [path for path in mirrored.place.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in mirrored.done.stdout + mirrored.done.stderr
+
+
+def test_name_id_group_and_job_type(mirrored: Mirrored, records: list[dict[str, Any]]) -> None:
+    run = next(record["run"] for record in records if record["type"] == "run")
+    identity = mirrored.folder.name.removeprefix("seed4-")
+    assert run["run_id"] == run["display_name"] == identity
+    assert run["run_group"] == "vanishing_products"
+    assert run["job_type"] == "Step 2: Vanishing Gradients"
+    assert run["project"] == "backlock"
+
+
+def test_the_config(summary: dict[str, Any]) -> None:
+    config = summary["config"]
+    assert config["seed"] == 4
+    assert config["model"]["width"] == 8
+    assert config["claim"]["name"] == "vanishing_products"
+    assert config["grid"]["depths"] == [2, 4]
+
+
+def test_the_summary_of_certificates(summary: dict[str, Any]) -> None:
+    names = ("log_attenuation", "rank", "conditioning", "skip_depth", "depth")
+    K = {name: summary["summary"][f"certificate/tanh 1.3/{name}"] for name in names}
+    assert K["skip_depth"] == K["depth"] == 3  # weight layers between the loss and H_1 in the deepest nets
+    assert K["rank"] >= 1
+    assert summary["state"] == "finished"
+
+
+def tables(mirrored: Mirrored, name: str) -> list[pd.DataFrame]:
+    files = sorted((mirrored.run / "files/media/table").rglob(f"{name}_*.table.json"))
+    contents = [json.loads(file.read_text()) for file in files]
+    return [pd.DataFrame(content["data"], columns=content["columns"]) for content in contents]
+
+
+def test_tables_of_layers_and_of_verdicts(mirrored: Mirrored) -> None:
+    (verdicts,) = tables(mirrored, "verdicts")
+    told = json.loads((mirrored.folder / "verdicts.json").read_text())
+    assert verdicts["claim"].tolist() == [verdict["claim"] for verdict in told]
+    assert verdicts["verdict"].tolist() == [verdict["verdict"] for verdict in told]
+    layers = tables(mirrored, "layers")
+    assert layers
+    for table in layers:
+        assert {"sample", "stage", "norm", "rank", "cond", "error_norm", "grad_norm"} <= set(table)
+        assert len(table) == 2 * 4  # samples × stages of the deepest nets
+
+
+def history(records: list[dict[str, Any]]) -> set[str]:
+    """Every key that was logged while running."""
+    return {key for record in records if record["type"] == "history" for key in record["history"]["item"]}
+
+
+def test_histograms_curves_figure(records: list[dict[str, Any]], mirrored: Mirrored) -> None:
+    keys = history(records)
+    layers = {"layer1", "layer2", "layer3", "readout"}
+    assert {f"certificate/tanh 1.3/singular_values/{layer}.bins" for layer in layers} <= keys
+    assert {f"curves/depth 8, weight_var 1.3, seed 0/{curve}" for curve in ("step", "train_loss", "test_accuracy")} <= keys
+    assert "figure.path" in keys
+    (image,) = (mirrored.run / "files/media/images").glob("figure_*.png")
+    assert image.read_bytes() == (mirrored.folder / "figure.png").read_bytes()
+
+
+def test_the_run_folder_is_an_artifact_and_complete(records: list[dict[str, Any]], mirrored: Mirrored) -> None:
+    (artifact,) = [r["artifact"] for r in records if r["type"] == "artifact" and r["artifact"]["type"] == "run-folder"]
+    names = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert names == {file.name for file in mirrored.folder.iterdir()}
+    sizes = {entry["path"]: int(entry["size"]) for entry in artifact["manifest"]["contents"]}
+    assert sizes == {file.name: file.stat().st_size for file in mirrored.folder.iterdir()}
+
+
+def test_wandb_that_cannot_be_had_is_one_line(start: CommandLine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def unreachable(**_: object) -> None:
+        raise wandb.errors.CommError("no route to host,\nover two lines")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    answer = start("tracker.mode=online")
+    assert answer.code == 2
+    assert answer.error.startswith("tracker=online: Weights & Biases can't be had (no route to host, over two lines); use tracker=offline")
+    assert tiny.calls == []
+
+
+def test_a_mirror_that_breaks_leaves_the_run_finished(start: CommandLine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    exits: list[int] = []
+    run = SimpleNamespace(log=full, finish=lambda exit_code: exits.append(exit_code))
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    answer = start("tracker.mode=offline")
+    assert answer.code == 2
+    assert "finished, but Weights & Biases can't take it ([Errno 28] No space left on device)" in answer.error
+    assert exits == [1]
+    assert "already finished" in start().out
+
+
+def test_a_fallback_is_called_out_in_the_figure(mirrored: Mirrored) -> None:
+    rows = row_table.read(mirrored.folder / "rows.parquet")
+    assert rows["fallback"].all()
+    figure = import_module("paper_figures.vanishing_products").draw(rows)
+    assert figure.get_supxlabel().startswith("FALLBACK: measured on digits in place of mnist")
