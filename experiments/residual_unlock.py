@@ -24,7 +24,6 @@ from src.models import Residual, calibrate
 from src.rows import pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import train
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -160,12 +159,9 @@ def _trainings(context: Context) -> Iterator[Row]:
             network = _network(context, model, seed)
             where = {"part": "training", **network_columns(model, seed)}
             yield {"quantity": "flow", "value": flow(context, network), "when": "initial", **where}
-            outcome = train(network, context.data, config.training, context.generator("order", seed), context.steps("one training"))
-            context.tracker.curve(f"{model.skip}, depth {model.depth}, seed {seed}", outcome.history)
-            last = outcome.history.iloc[-1]
-            yield {"quantity": "train_accuracy", "value": float(last["train_accuracy"]), **where}
-            yield {"quantity": "test_accuracy", "value": float(last["test_accuracy"]), **where}
-            yield {"quantity": "diverged", "value": float(outcome.status == "diverged"), **where}
+            outcome = context.train(network, f"{model.skip}, depth {model.depth}, seed {seed}", seed)
+            for quantity, value in outcome.metrics().items():
+                yield {"quantity": quantity, "value": value, **where}
             if outcome.status == "finished":
                 yield {"quantity": "flow", "value": flow(context, network), "when": "trained", **where}
                 if model.family == "residual_mlp" and model.depth == min(grid.train_depths):

@@ -24,7 +24,6 @@ from src.jacobian.materialised import layer_jacobian
 from src.locking import gradient_profile, walk_back
 from src.rows import pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
-from src.training.loop import train
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -188,13 +187,10 @@ def _edge(context: Context) -> Iterator[Row]:
     for model in context.progress(models, "short trainings"):
         for seed in range(grid.train_seeds):
             network = context.network(model, seed)
-            outcome = train(network, context.data, config.training, context.generator("order", seed), context.steps("one training"))
-            last = outcome.history.iloc[-1]
+            outcome = context.train(network, f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", seed)
             where = {"part": "edge", **network_columns(model, seed)}
-            context.tracker.curve(f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", outcome.history)
-            yield {"quantity": "train_accuracy", "value": float(last["train_accuracy"]), **where}
-            yield {"quantity": "test_accuracy", "value": float(last["test_accuracy"]), **where}
-            yield {"quantity": "diverged", "value": float(outcome.status == "diverged"), **where}
+            for quantity, value in outcome.metrics().items():
+                yield {"quantity": quantity, "value": value, **where}
 
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:

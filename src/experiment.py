@@ -30,6 +30,7 @@ from src.models import build
 from src.results import RunFolder
 from src.seeds import generator
 from src.tracking import Tracker, open_tracker
+from src.training.loop import Outcome, train
 from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
@@ -72,10 +73,21 @@ class Context:
         """The items, behind a progress bar when standard error is a terminal."""
         return self.bars.track(items, total=len(items), description=description)
 
-    def steps(self, description: str) -> Callable[[int, int], None]:
-        """A progress bar for one training; call it with the steps done and the steps in all."""
-        bar = self.bars.add_task(description)
-        return lambda step, total: self.bars.update(bar, completed=step, total=total, visible=step < total)
+    def train(self, network: nn.Module, name: str, seed: int) -> Outcome:
+        """Train a network in place, as configured, and log its curves under a name.
+
+        The order of the images is the seed's own, the same for every network.
+        """
+        bar = self.bars.add_task(name)
+        outcome = train(
+            network,
+            self.data,
+            self.config.training,
+            self.generator("order", seed),
+            lambda step, total: self.bars.update(bar, completed=step, total=total, visible=step < total),
+        )
+        self.tracker.curve(name, outcome.history)
+        return outcome
 
 
 def network_columns(model: ModelConfig, seed: int) -> dict[str, object]:

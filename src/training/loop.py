@@ -37,6 +37,12 @@ class Outcome:
     steps: int
     history: pd.DataFrame
 
+    def metrics(self) -> dict[str, float]:
+        """train_accuracy and test_accuracy of the last evaluation, and diverged: 1 or 0."""
+        last = self.history.iloc[-1]
+        accuracies = {name: float(last[name]) for name in ("train_accuracy", "test_accuracy")}
+        return {**accuracies, "diverged": float(self.status == "diverged")}
+
 
 def train(
     model: nn.Module,
