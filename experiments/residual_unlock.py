@@ -15,20 +15,25 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from src.certificate import certify
 from src.chain import cut
-from src.config import Criterion, ModelConfig, Norm, Skip
+from src.config import Config, Criterion, ModelConfig, Norm, Skip, require
+from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.jacobian.materialised import layer_jacobian, transpose
+from src.jacobian.materialised import layer_jacobian
 from src.locking import walk_back
 from src.models import Residual, calibrate
 from src.rows import pick
 from src.spectrum import spectrum
-from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
+from src.statistics import Estimate, exactly, greatest, least, paired_difference, slope, t_interval
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
 
 QUANTITIES = {
+    "skip_depth": "the fewest weight layers between the loss and the first stage",
+    "log_attenuation": "Σ_l ln ‖J_l‖ over all stages, mean over samples, nats",
+    "least_rank": "the least rank J_l of any stage and sample",
     "equation_error": "‖g_{l−1} − (I+J)ᵀg_l‖ / ‖g_l‖ with J of the branch, the worst sample of a block",
     "branch_norm": "‖J‖ of the branch, the largest of a block's samples",
     "sigma_min": "σ_min of the block's own Jacobian, the smallest of its samples",
@@ -45,9 +50,24 @@ SKIPS: tuple[Skip, ...] = ("none", "original", "preactivation")
 NORMS: tuple[Norm, ...] = ("none", "batch")
 
 
+def check(config: Config, data: Data) -> None:
+    """Refuse a grid that this experiment can't measure.
+
+    Raises: UserError naming the key.
+    """
+    grid = config.grid
+    for axis, depths in (("depths", grid.depths), ("train_depths", grid.train_depths), ("block_depth", [grid.block_depth])):
+        require(all(depth >= 4 and depth % 2 == 0 for depth in depths), f"grid.{axis}: 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
+    require(max(grid.depths) >= 8, "grid.depths: one of at least 8 weight layers, for a slope over blocks")
+    require(min(grid.weight_vars) > 0, "grid.weight_vars: σw² above 0")
+    require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
+    require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
+    require(2 <= grid.calibration <= len(data.train), f"grid.calibration: 2 to {len(data.train)}, the training images")
+
+
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_blocks, _cancelled_identity, _flows, _moments, _trainings)
+    parts = (_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -82,7 +102,7 @@ def _block_rows(context: Context, network: nn.Sequential, where: Row) -> Iterato
         at = {**where, "layer": link.index}
         branch, block = layer_jacobian(link.stage.branch, link.inputs), layer_jacobian(link.stage, link.inputs)
         norm, sigma_min = spectrum(branch).norm, spectrum(block).smallest
-        stated = link.signal.direction + transpose(link.stage.branch, link.inputs)[1](link.signal.direction)
+        stated = link.signal.direction + (link.signal.direction.unsqueeze(1) @ branch).squeeze(1)
         kept = (link.signal_before.log_norm - link.signal.log_norm).exp()
         error = (stated - link.signal_before.direction * kept.unsqueeze(1)).norm(dim=1)
         yield {"quantity": "equation_error", "value": float(error.max()), **at}
@@ -91,6 +111,20 @@ def _block_rows(context: Context, network: nn.Sequential, where: Row) -> Iterato
         yield {"quantity": "gradient_kept", "value": float(kept.min()), **at}
         if where["skip"] == "preactivation":
             yield {"quantity": "weyl_slack", "value": float((sigma_min - (1 - norm)).min()), **at}
+
+
+def _certificates(context: Context) -> Iterator[Row]:
+    """K_back of the three chains at equal depth and parameters."""
+    grid = context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
+    for skip in context.progress(SKIPS, "certificates"):
+        model = _dense(context, skip=skip, depth=grid.block_depth)
+        certificate = certify(_network(context, model, 0), inputs, targets)
+        context.tracker.certificate(f"{skip}, depth {model.depth}", certificate)
+        where = {"part": "certificate", **network_columns(model, 0)}
+        yield {"quantity": "skip_depth", "value": float(certificate.skip_depth), **where}
+        yield {"quantity": "log_attenuation", "value": float(certificate.log_attenuation.mean()), **where}
+        yield {"quantity": "least_rank", "value": float(certificate.rank.min()), **where}
 
 
 def _cancelled_identity(context: Context) -> Iterator[Row]:
@@ -171,6 +205,7 @@ def _trainings(context: Context) -> Iterator[Row]:
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
     cells = {
+        "bypass": _bypass(rows),
         "gradient_equation": _by_branch(rows, "equation_error", greatest),
         "identity_ensures_flow": _by_branch(rows, "gradient_kept", least),
         "weyl_bound": _by_branch(rows, "weyl_slack", least),
@@ -184,6 +219,13 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "flow_after_training": _trained_flow(rows),
     }
     return judge_forms("residual_unlock", criteria, cells)
+
+
+def _bypass(rows: pd.DataFrame) -> pd.DataFrame:
+    """The skip depth of each kind of chain."""
+    return pd.DataFrame(
+        [cell(exactly(net.value), skip=net.skip, depth=net.depth) for net in pick(rows, "skip_depth", part="certificate").itertuples()]
+    )
 
 
 def _by_branch(rows: pd.DataFrame, quantity: str, bound: Callable[[pd.Series], Estimate]) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from src import mean_field
 from src.certificate import certify
 from src.chain import cut
-from src.config import Activation, Criterion, ModelConfig
+from src.config import Activation, Config, Criterion, ModelConfig, require
+from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
 from src.locking import gradient_profile, walk_back
@@ -63,6 +64,20 @@ SCALED: dict[str, Callable[[int], float]] = {"uniform": lambda layer: 0.9, "not 
 SUPREMUM = {"uniform": 0.9, "not uniform": 1.0}
 
 
+def check(config: Config, data: Data) -> None:
+    """Refuse a grid that this experiment can't measure.
+
+    Raises: UserError naming the key.
+    """
+    grid = config.grid
+    require(len(grid.depths) >= 2 and min(grid.depths) >= 2, "grid.depths: at least two depths, each of at least 2 weight layers")
+    require(min(grid.train_depths) >= 2, "grid.train_depths: each of at least 2 weight layers")
+    require(grid.rate_depth >= 8, "grid.rate_depth: at least 8 weight layers, for a slope over the deeper half")
+    require(min(grid.weight_vars + grid.train_weight_vars) > 0, "grid.weight_vars, grid.train_weight_vars: σw² above 0")
+    require(config.model.width >= data.classes, f"model.width: at least {data.classes}, one a class, for an orthogonal readout")
+    require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
+
+
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
     parts = (_bounds, _scaled_chains, _rates, _hiding, _edge)
@@ -96,7 +111,7 @@ def exact_network(context: Context, model: ModelConfig, seed: int) -> nn.Sequent
     if model.init == "orthogonal":
         for linear in linears(network):
             U, _, Vh = torch.linalg.svd(linear.weight, full_matrices=False)
-            linear.weight = nn.Parameter(U @ Vh)
+            linear.weight = nn.Parameter(np.sqrt(model.weight_var) * U @ Vh)
     return network
 
 
@@ -235,24 +250,24 @@ def _by_sample(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
-    """By how much ln ‖g_1‖/‖g_L‖ falls from the second deepest scaled chain to the deepest."""
+    """By how much ln ‖g_1‖/‖g_L‖ falls per doubling of the depth, from the second deepest scaled chain to the deepest."""
     cells = []
     for kind, chains in pick(rows, "error_signal", part="scaled").groupby("chain"):
         signal = chains.pivot(index="layer", columns="depth", values="value")
         ratio = {depth: signal.loc[1, depth] - signal.loc[depth, depth] for depth in signal}
         shallower, deepest = sorted(ratio)[-2:]
-        fall = ratio[deepest] - ratio[shallower]
+        fall = (ratio[deepest] - ratio[shallower]) / np.log2(deepest / shallower)
         cells.append(cell(exactly(fall), chain=kind, supremum=SUPREMUM[str(kind)], depths=f"{shallower}→{deepest}"))
     return pd.DataFrame(cells)
 
 
 def _large_norms(rows: pd.DataFrame) -> pd.DataFrame:
-    """By how much ln ‖∇θ_1‖ falls, in tanh nets with ‖J_l‖ > 1, from the second deepest to the deepest: the least fall of any draw."""
-    where = {"part": "bound", "activation": "tanh", "weight_var": BOUNDED[0]["weight_var"]}
-    gradient = pick(rows, "gradient", **where).pivot(index=["net_seed", "sample"], columns="depth", values="value")
-    shallower, deepest = sorted(gradient)[-2:]
-    norm = pick(rows, "mean_norm", **where, depth=deepest)["value"].mean()
-    return pd.DataFrame([cell(greatest(gradient[deepest] - gradient[shallower]), mean_norm=norm, depths=f"{shallower}→{deepest}")])
+    """The slope of ln ‖g_l‖² against the distance from the loss in tanh nets, over seeds, beside the mean ‖J_l‖ of the deepest."""
+    where = {"activation": "tanh", "weight_var": BOUNDED[0]["weight_var"]}
+    norms = pick(rows, "mean_norm", part="bound", **where)
+    mean_norm = norms[norms["depth"] == norms["depth"].max()]["value"].mean()
+    rates = pick(rows, "rate", part="rate", **where)["value"]
+    return pd.DataFrame([cell(t_interval(rates), mean_norm=mean_norm, **where)] if len(rates) else [])
 
 
 def _settled(rows: pd.DataFrame) -> pd.DataFrame:
@@ -279,21 +294,24 @@ def _by_setting(settled: pd.DataFrame, statistic: Callable[[pd.DataFrame], pd.Se
 def trainable_depths(rows: pd.DataFrame) -> pd.DataFrame:
     """How deep short training reaches at each σw²: the deepest net before the first that fails, and that first one.
 
-    A net trains when its mean train accuracy is at least half of the best in the grid.
+    A net trains when its mean train accuracy is at least half of the best in the grid. A failure counts only at depths where the
+    net nearest to χ = 1, the control, trains: elsewhere it is the length of the training that decides.
 
-    Returns: weight_var, chi, scale (ξ in layers), reached, failed (inf where none failed), n.
+    Returns: weight_var, chi, scale (ξ in layers), reached, failed (inf where none is known to fail), n (seeds).
     """
     accuracy = pick(rows, "train_accuracy", part="edge")
     table = accuracy.pivot_table(index="weight_var", columns="depth", values="value", aggfunc="mean")
     trains = (table >= table.to_numpy().max() / 2).cummin(axis=1)
     depths = table.columns.to_numpy()
-    bias_var = accuracy["bias_var"].iloc[0]
+    bias_var = float(accuracy["bias_var"].iloc[0])
+    chi = {weight_var: mean_field.chi("tanh", float(weight_var), bias_var) for weight_var in table.index}
+    control = trains.loc[min(chi, key=lambda weight_var: abs(np.log(chi[weight_var])))]
     found = []
     for weight_var, reached in trains.iterrows():
-        chi = mean_field.chi("tanh", float(weight_var), float(bias_var))
-        bracket = {"reached": max(depths[reached], default=0), "failed": min(depths[~reached], default=np.inf)}
-        runs = int((accuracy["weight_var"] == weight_var).sum())
-        found.append({"weight_var": weight_var, "chi": chi, "scale": mean_field.depth_scale(chi), **bracket, "n": runs})
+        bracket = {"reached": max(depths[reached], default=0), "failed": min(depths[~reached & control], default=np.inf)}
+        scale = mean_field.depth_scale(chi[weight_var])
+        seeds = accuracy[accuracy["weight_var"] == weight_var]["net_seed"].nunique()
+        found.append({"weight_var": weight_var, "chi": chi[weight_var], "scale": scale, **bracket, "n": seeds})
     return pd.DataFrame(found)
 
 

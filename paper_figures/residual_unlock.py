@@ -83,7 +83,7 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(mean.index, np.exp(mean), DASHES[k], color=f"C{k}", label=label)
         axis.plot(blocks, prediction, color="k", linewidth=0.7)
     axis.set_yscale("log")
-    axis.set(xlabel="block l", ylabel="mean x_l²")
+    axis.set(xlabel="block l", ylabel="mean x_l² (BN: 1 + added)")
     title(axis, "growth; black: 2^l and 1+l")
     axis.legend(loc="upper left")
 
@@ -92,7 +92,7 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     _by_skip(axis, pick(rows, "test_accuracy", part="training"))
     axis.set(xlabel="depth L (weight layers)", ylabel="test accuracy", ylim=(0, 1))
     title(axis, "short training, BatchNorm")
-    axis.legend(loc="lower left")
+    axis.legend()
 
 
 def _by_skip(axis: Axes, values: pd.DataFrame) -> None:

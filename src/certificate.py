@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -153,6 +153,10 @@ def certify(
     Returns: the certificate.
     Raises: UserError when the model is no chain, a value is not finite (naming stage and sample), or a J_l is too large to write out.
     """
+    if batch_norm not in get_args(BatchNormMode):
+        raise UserError(f"certify: batch_norm={batch_norm!r}; use 'eval' or 'train'")
+    if method not in ("auto", "exact", "matrix_free"):
+        raise UserError(f"certify: method={method!r}; use 'auto' or 'exact'")
     if method == "matrix_free":
         raise UserError("certify: method='matrix_free' is not available yet; use 'auto' or 'exact'")
     chain = cut(model, stages, dtype, batch_norm)

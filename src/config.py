@@ -176,6 +176,7 @@ class Config:
     training: TrainingConfig
     scale: ScaleConfig
     tracker: TrackerConfig
+    model_keys: list[str] = Field(default_factory=list)  # of `model`, those that the experiment leaves open
 
 
 def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
@@ -220,6 +221,12 @@ def _explain(error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict) or is_dataclass(error["input"]) else f" (got {error['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def require(condition: bool, rule: str) -> None:
+    """Raise UserError with the rule, "KEY: what it must be", where the condition does not hold."""
+    if not condition:
+        raise UserError(rule)
 
 
 def unknown_key(key: str) -> str:

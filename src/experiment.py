@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import pandas as pd
 import torch
@@ -96,10 +96,12 @@ def network_columns(model: ModelConfig, seed: int) -> dict[str, object]:
     return {**{column: getattr(model, column) for column in columns}, "net_seed": seed}
 
 
+@runtime_checkable
 class Experiment(Protocol):
     """A module under experiments/."""
 
     QUANTITIES: Mapping[str, str]
+    check: Callable[[Config, Data], None]
     measure: Callable[[Context], pd.DataFrame]
     judge: Callable[[pd.DataFrame, Mapping[str, Criterion]], list[Verdict]]
 
@@ -118,26 +120,26 @@ def run_experiment(config: Config) -> tuple[RunFolder, bool]:
     folder.refuse_another_config()
     if folder.answers:
         return folder, True
+    experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
+    experiment.check(config, data)
     with ExitStack() as stack:
         with folder.running(), _logging_to(folder.path / "log.txt"):
             tracker = stack.enter_context(open_tracker(config, folder.id))
-            verdicts = _carry_out(config, data, device, folder, tracker)
+            verdicts = _carry_out(experiment, Context(config, data, device, tracker), folder)
         # the mirror shows a run folder that is complete
         tracker.finish(folder.path, to_frame(verdicts))
     return folder, False
 
 
-def _carry_out(config: Config, data: Data, device: torch.device, folder: RunFolder, tracker: Tracker) -> list[Verdict]:
-    experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
+def _carry_out(experiment: Experiment, context: Context, folder: RunFolder) -> list[Verdict]:
+    config, data, device = context.config, context.data, context.device
     started = time.monotonic()
     log.info("%s on %s at scale=%s, seed %d, %s", config.claim.name, data.name, config.scale.name, config.seed, device)
     if data.is_fallback:
         log.warning("FALLBACK: %s could not be had, everything below is measured on %s", data.requested, data.name)
     provenance = provenance_of(config, data, device)
-    with _deterministic():
-        context = Context(config, data, device, tracker)
-        with context.bars:
-            rows = experiment.measure(context)
+    with _deterministic(), context.bars:
+        rows = experiment.measure(context)
     folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
     verdicts = experiment.judge(rows, config.criteria)
     folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])

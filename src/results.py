@@ -25,7 +25,7 @@ from src.config import Config
 from src.errors import UserError
 
 # what decides where and how a run is made, but none of its numbers
-INDECISIVE = ("results_dir", "force", "device", "tracker", "claim")
+INDECISIVE = ("results_dir", "force", "device", "tracker", "claim", "model_keys")
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, register_resolvers, to_config, unknown_key
+from src.config import Config, known_keys, register_resolvers, to_config, unknown_key
 from src.data.catalogue import CATALOGUE
 from src.errors import UserError
 from src.results import RunError
@@ -92,17 +92,35 @@ def check(composed: DictConfig) -> Config:
     config = to_config(composed)
     name = config.claim.name
     file = CONF / "experiment" / f"{name}.yaml"
-    own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else {}
-    if composed.claim != own.get("claim"):
+    own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else None
+    if own is None or composed.claim != own.claim:
         raise UserError("claim: stands in the experiment's own file and is not for the command line; choose with experiment=NAME")
     for part in ("grid", "criteria"):
         for key in sorted(set(composed[part]) ^ set(own[part])):
             fault = "is missing" if key in own[part] else "is unknown"
             raise UserError(f"{part}.{key}: {fault}; {name} has {', '.join(sorted(own[part]))}")
+    if composed.criteria != own.criteria:
+        raise UserError(f"criteria: stand in conf/experiment/{name}.yaml before anything is run and are not for the command line")
+    _refuse_other_models(composed, own)
     size = min(CATALOGUE[config.data.name].train_size, config.data.train_size or sys.maxsize)
     if config.training.batch_size > size:
         raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {size} training images of {config.data.name}")
     return config
+
+
+def _refuse_other_models(composed: DictConfig, own: DictConfig) -> None:
+    """Refuse a model that differs, in more than the keys it leaves open, from the one that the experiment names, if it names one."""
+    groups = [entry["override /model"] for entry in own.get("defaults", []) if "override /model" in entry]
+    if not groups:
+        return
+    model = OmegaConf.merge(OmegaConf.load(CONF / "model" / f"{groups[0]}.yaml"), own.get("model", {}))
+    expected = OmegaConf.create({"scale": composed.scale, "model": model}).model
+    for key in composed.model:
+        if key not in own.model_keys and composed.model[key] != expected.get(key):
+            raise UserError(
+                f"model.{key}: {composed.model[key]}, but {composed.claim.name} is made for {expected.get(key)}; "
+                f"it leaves open model.{', model.'.join(own.model_keys)}"
+            )
 
 
 def _experiments() -> dict[str, str]:
@@ -149,7 +167,13 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: can't be written ({error.strerror}); choose another results_dir"
     if key := re.match(r"Could not (?:override|append to config|delete from config)[^']*'?([\w./@]+)'?", str(error)):
-        return unknown_key(key[1].rstrip("."))
+        name = key[1].rstrip(".")
+        # a sweep over experiments is composed before any of them is chosen
+        return (
+            f"{name}: no experiment is chosen yet; in a sweep over experiments write ++{name}=…"
+            if name in known_keys()
+            else unknown_key(name)
+        )
     return str(error)
 
 

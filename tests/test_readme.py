@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA_ROOT = os.environ.get("DATA_ROOT")
-SMALL = ("scale=smoke", "grid.seeds=2", "grid.samples=2", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
+# ++, for several experiments may be swept, and none of them is chosen before
+SMALL = ("scale=smoke", "++grid.seeds=2", "++grid.samples=2", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
 OFFLINE = ("tracker=none", "data.mirrors=[]", "data.fallback=digits")
 
 

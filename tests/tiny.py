@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from paper_figures.style import origin
 from src import run
-from src.config import Criterion
+from src.config import Config, Criterion
+from src.data.load import Data
 from src.experiment import Context
 from src.statistics import exactly
 from src.verdict import Verdict, cell, judge_forms
@@ -48,6 +49,10 @@ grid:
 training:
   max_steps: ${at_scale:{smoke:1, quick:2, paper:null}}
 """
+
+
+def check(config: Config, data: Data) -> None:
+    """Anything goes."""
 
 
 def measure(context: Context) -> pd.DataFrame:
@@ -102,7 +107,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     experiment = modules["experiments.tiny"]
-    vars(experiment).update(QUANTITIES={"number": "a random number, no unit"}, judge=judge)
+    vars(experiment).update(QUANTITIES={"number": "a random number, no unit"}, check=check, judge=judge)
     vars(modules["paper_figures.tiny"]).update(draw=draw)
     tiny = Tiny(conf, experiment)
     tiny.measures(measure)

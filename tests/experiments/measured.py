@@ -19,6 +19,7 @@ from src.verdict import Verdict
 SMALL = ("model.width=32", "grid.seeds=2", "grid.samples=3", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
 
 
+@cache
 def config(name: str, *overrides: str) -> Config:
     """An experiment's configuration on the digits at `scale=smoke`."""
     register_resolvers()

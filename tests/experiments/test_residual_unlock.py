@@ -1,6 +1,7 @@
 """residual_unlock: verdicts follow the rows, the known growth of residual chains is measured, rows repeat bit for bit."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -121,7 +122,7 @@ def lab() -> Context:
 
 
 def mean_flow(lab: Context, **changes: object) -> float:
-    model = config(NAME, *(f"model.{key}={value}" for key, value in {"width": 256, "norm": "none", **changes}.items())).model
+    model = replace(lab.config.model, **{"width": 256, "norm": "none", **changes})
     return float(np.mean([claim.flow(lab, claim._network(lab, model, seed)) for seed in range(4)]))
 
 
@@ -136,7 +137,7 @@ def test_gradients_end_to_end(lab: Context, weight_var: float) -> None:
 
 
 def network(lab: Context, **changes: object) -> tuple[ModelConfig, torch.nn.Sequential]:
-    model = config(NAME, *(f"model.{key}={value}" for key, value in {"width": 16, "depth": 6, "norm": "none", **changes}.items())).model
+    model = replace(lab.config.model, **{"width": 16, "depth": 6, "norm": "none", **changes})
     return model, lab.network(model, 0)
 
 

@@ -1,6 +1,7 @@
 """vanishing_products: verdicts follow the rows, the numbers of mean-field theory are measured, rows repeat bit for bit."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,7 @@ def lab() -> Context:
 
 
 def model(lab: Context, **changes: object) -> ModelConfig:
-    return config(NAME, *(f"model.{key}={value}" for key, value in {"width": 256, **changes}.items())).model
+    return replace(lab.config.model, **{"width": 256, **changes})
 
 
 def measured_chi(lab: Context, seeds: int = 3, **changes: object) -> float:

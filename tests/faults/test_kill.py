@@ -18,6 +18,14 @@ from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A shell starts its background jobs deaf to SIGINT, and tests may run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def folders() -> list[Path]:
     return sorted(Path("results/tiny/digits/smoke").glob("seed*"))
 
