@@ -168,12 +168,10 @@ def _explain(error: Exception) -> str:
         return f"{error.filename}: can't be written ({error.strerror}); choose another results_dir"
     if key := re.match(r"Could not (?:override|append to config|delete from config)[^']*'?([\w./@]+)'?", str(error)):
         name = key[1].rstrip(".")
-        # a sweep over experiments is composed before any of them is chosen
-        return (
-            f"{name}: no experiment is chosen yet; in a sweep over experiments write ++{name}=…"
-            if name in known_keys()
-            else unknown_key(name)
-        )
+        if name in known_keys():
+            # a sweep over experiments is composed before any of them is chosen
+            return f"unknown key '{name}' in this experiment; in a sweep over several write ++{name}=…"
+        return unknown_key(name)
     return str(error)
 
 

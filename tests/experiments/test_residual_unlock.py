@@ -49,6 +49,9 @@ UNEQUAL_BUT_AT_2 = [
 
 # criterion, what is changed in the measured rows, verdict
 CASES = [
+    ("bypass", [], "holds_if"),
+    ("bypass", [put("skip_depth", 1.0)], "holds"),
+    ("bypass", [put("skip_depth", 5.0, skip="original")], "refuted"),
     ("gradient_equation", [put("equation_error", 0.0)], "holds"),
     ("gradient_equation", [], "holds_if"),
     ("gradient_equation", [put("equation_error", 1e-6, **BLOCK, layer=2, branch_scale=0.1)], "refuted"),
@@ -94,24 +97,26 @@ def test_exact_statements_come_out_on_real_rows() -> None:
     assert found["guaranteed_flow"] == "holds_if"
 
 
-def moments(quantity: str, norm: str, *overrides: str) -> pd.DataFrame:
+def moments(quantity: str, norm: str, branch_scale: float) -> pd.DataFrame:
     """Growth of x_l² along chains of 8 blocks: blocks × seeds. At width 256 the slope of log₂ still scatters by 8% a net, at 512 by 3%."""
     sizes = ("model.width=512", "grid.depths=[18]", "grid.seeds=6", "grid.calibration=256")
-    rows = pd.DataFrame(claim._moments(context(NAME, *sizes, *overrides)))
+    lab = context(NAME, *sizes)
+    lab = replace(lab, config=replace(lab.config, model=replace(lab.config.model, branch_scale=branch_scale)))
+    rows = pd.DataFrame(claim._moments(lab))
     return rows.query("quantity == @quantity and norm == @norm").pivot(index="layer", columns="net_seed", values="value")
 
 
 def test_normalised_branches_add_variance_one_a_block() -> None:
     """Var(x_l) = 1 + l; a branch scaled by ½ adds ¼."""
     for factor, added in ((1.0, 1.0), (0.5, 0.25)):
-        mean = moments("added_variance", "batch", f"model.branch_scale={factor}").mean(axis=1)
+        mean = moments("added_variance", "batch", factor).mean(axis=1)
         np.testing.assert_allclose(mean / mean.index, added, rtol=0.1)
 
 
 def test_branches_without_normalisation_double_the_variance_a_block() -> None:
     """2^l; a branch scaled by ½ multiplies by 1¼."""
     for factor, base in ((1.0, 2.0), (0.5, 1.25)):
-        growth = moments("second_moment", "none", f"model.branch_scale={factor}")
+        growth = moments("second_moment", "none", factor)
         slopes = [slope(growth.index, np.log2(growth[seed])).value for seed in growth]
         assert np.mean(slopes) == pytest.approx(math.log2(base), rel=0.05)
 
