@@ -73,10 +73,17 @@ def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
     product = pick(rows, "attenuation", part="scaled")
     for k, (kind, chains) in enumerate(product.groupby("chain")):
         chains = chains.sort_values("depth")
-        axis.plot(chains["depth"], chains["value"], marker=MARKERS[k], color=f"C{k}", linestyle="none", label=f"measured, {kind}")
+        axis.plot(
+            chains["depth"],
+            chains["value"],
+            marker=MARKERS[k],
+            color=f"C{k}",
+            linestyle="none",
+            label="‖J_l‖ = 0.9" if kind == "uniform" else "‖J_l‖ = 1−1/(l+1)²",
+        )
         layers = np.arange(1, chains["depth"].max() + 1)
         prediction = np.cumsum(np.log([SCALED[str(kind)](layer) for layer in layers]))
-        axis.plot(layers, prediction, DASHES[k], color=f"C{k}", label="0.9 each" if kind == "uniform" else "1−1/(l+1)² each")
+        axis.plot(layers, prediction, DASHES[k], color=f"C{k}")
     axis.axhline(np.log(0.5), color="0.3", linewidth=0.8, linestyle=":")
     axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(0, -2), textcoords="offset points", fontsize=6.5, ha="right", va="top")
     axis.set(xlabel="depth L (weight layers)", ylabel="Σ ln ‖J_l‖ (nats)")
