@@ -72,7 +72,7 @@ def check(config: Config, data: Data) -> None:
     grid = config.grid
     require(len(grid.depths) >= 2 and min(grid.depths) >= 2, "grid.depths: at least two depths, each of at least 2 weight layers")
     require(min(grid.train_depths) >= 2, "grid.train_depths: each of at least 2 weight layers")
-    require(grid.rate_depth >= 8, "grid.rate_depth: at least 8 weight layers, for a slope over the deeper half")
+    require(grid.rate_depth >= 4, "grid.rate_depth: at least 4 weight layers, for a slope over the deeper half")
     require(min(grid.weight_vars + grid.train_weight_vars) > 0, "grid.weight_vars, grid.train_weight_vars: σw² above 0")
     require(config.model.width >= data.classes, f"model.width: at least {data.classes}, one a class, for an orthogonal readout")
     require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
