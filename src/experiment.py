@@ -27,7 +27,7 @@ from src.config import Config, Criterion, ModelConfig
 from src.data.load import Data, Split, load
 from src.errors import UserError
 from src.models import build
-from src.results import RunFolder
+from src.results import RunError, RunFolder
 from src.seeds import generator
 from src.tracking import Tracker, open_tracker
 from src.training.loop import Outcome, train
@@ -120,7 +120,10 @@ def run_experiment(config: Config) -> tuple[RunFolder, bool]:
     folder.refuse_another_config()
     if folder.answers:
         return folder, True
-    experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
+    try:
+        experiment = cast(Experiment, importlib.import_module(f"experiments.{config.claim.name}"))
+    except ImportError as error:
+        raise RunError(f"{config.claim.name} can't be imported: {type(error).__name__}: {error}") from error
     experiment.check(config, data)
     with ExitStack() as stack:
         with folder.running(), _logging_to(folder.path / "log.txt"):

@@ -100,7 +100,7 @@ def test_the_hash_depends_on_everything_else(plain: Config) -> None:
 
 def test_every_key_decides_or_is_known_not_to(plain: Config) -> None:
     everything, decisive = results.to_plain(plain), results.decisive(plain)
-    assert set(everything) - set(decisive) == {"results_dir", "force", "device", "tracker", "claim"}
+    assert set(everything) - set(decisive) == {"results_dir", "force", "device", "tracker", "claim", "model_keys"}
     assert set(everything["data"]) - set(decisive["data"]) == {"root", "mirrors", "fallback"}
     for part in ("model", "training", "grid", "criteria", "scale"):
         assert decisive[part] == everything[part]

@@ -23,7 +23,7 @@ from tests.tiny import Tiny
 CANARY = "0123456789abcdef" * 2 + "deadbeef"
 SMALL = (
     *("experiment=vanishing_products", "scale=smoke", "data=mnist", "data.mirrors=[]", "tracker=offline", "seed=4"),
-    *("model.width=8", "grid.seeds=2", "grid.samples=2", "grid.depths=[2,4]", "grid.rate_depth=6", "grid.weight_vars=[1.3,1.7]"),
+    *("model.width=16", "grid.seeds=2", "grid.samples=2", "grid.depths=[2,4]", "grid.rate_depth=6", "grid.weight_vars=[1.3,1.7]"),
     *("grid.train_depths=[4,8]", "grid.train_weight_vars=[1.3]", "training.max_steps=4"),
 )
 
