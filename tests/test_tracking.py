@@ -117,7 +117,7 @@ def test_name_id_group_and_job_type(mirrored: Mirrored, records: list[dict[str, 
 def test_the_config(summary: dict[str, Any]) -> None:
     config = summary["config"]
     assert config["seed"] == 4
-    assert config["model"]["width"] == 8
+    assert config["model"]["width"] == 16
     assert config["claim"]["name"] == "vanishing_products"
     assert config["grid"]["depths"] == [2, 4]
 
