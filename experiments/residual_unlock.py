@@ -22,10 +22,12 @@ from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
 from src.locking import walk_back
-from src.models import Residual, calibrate
+from src.models import Residual
+from src.plan import Work
 from src.rows import pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, exactly, greatest, least, paired_difference, slope, t_interval
+from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -65,33 +67,41 @@ def check(config: Config, data: Data) -> None:
     require(2 <= grid.calibration <= len(data.train), f"grid.calibration: 2 to {len(data.train)}, the training images")
 
 
+def plan(context: Context) -> list[Work]:
+    """What is measured and trained."""
+    config, grid = context.config, context.config.grid
+    steps = planned_steps(config.training, len(context.data.train))
+    return [
+        *(Work(_dense(config, skip=skip, depth=grid.block_depth), 1, certified=True) for skip in SKIPS),
+        *(Work(model, grid.certified_seeds, certified=True) for model in _blocked(config)),
+        Work(_dense(config, depth=4), 1, certified=True),
+        *(Work(model, grid.seeds) for model in [*_flowing(config), *_growing(config)]),
+        *(Work(model, grid.train_seeds, steps) for model in _trained(config)),
+    ]
+
+
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
     parts = (_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
-def _dense(context: Context, **changes: Any) -> ModelConfig:
+def _dense(config: Config, **changes: Any) -> ModelConfig:
     """A residual MLP of the configured width: what small exact Jacobians are measured on, whatever is trained."""
-    return replace(context.config.model, family="residual_mlp", **changes)
+    return replace(config.model, family="residual_mlp", **changes)
 
 
-def _network(context: Context, model: ModelConfig, seed: int) -> nn.Sequential:
-    """A random network whose BatchNorm statistics are those of a batch of training images."""
-    network = context.network(model, seed)
-    calibrate(network, context.samples(context.data.train, context.config.grid.calibration)[0])
-    return network
+def _blocked(config: Config) -> list[ModelConfig]:
+    settings = [(skip, scale) for skip in ("original", "preactivation") for scale in config.grid.branch_scales]
+    return [_dense(config, skip=skip, branch_scale=scale, depth=config.grid.block_depth) for skip, scale in settings]
 
 
 def _blocks(context: Context) -> Iterator[Row]:
     """Block by block at initialisation: the residual gradient equation, σ_min(I+J), ‖J‖, and the gradient that is kept."""
-    grid = context.config.grid
-    settings = [(skip, scale) for skip in ("original", "preactivation") for scale in grid.branch_scales]
-    for skip, scale in context.progress(settings, "blocks"):
-        model = _dense(context, skip=skip, branch_scale=scale, depth=grid.block_depth)
-        for seed in range(grid.certified_seeds):
+    for model in context.progress(_blocked(context.config), "blocks"):
+        for seed in range(context.config.grid.certified_seeds):
             where = {"part": "block", **network_columns(model, seed)}
-            yield from _block_rows(context, _network(context, model, seed), where)
+            yield from _block_rows(context, context.calibrated(model, seed), where)
 
 
 def _block_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
@@ -118,8 +128,8 @@ def _certificates(context: Context) -> Iterator[Row]:
     grid = context.config.grid
     inputs, targets = context.samples(context.data.test, grid.samples)
     for skip in context.progress(SKIPS, "certificates"):
-        model = _dense(context, skip=skip, depth=grid.block_depth)
-        certificate = certify(_network(context, model, 0), inputs, targets)
+        model = _dense(context.config, skip=skip, depth=grid.block_depth)
+        certificate = certify(context.calibrated(model, 0), inputs, targets)
         context.tracker.certificate(f"{skip}, depth {model.depth}", certificate)
         where = {"part": "certificate", **network_columns(model, 0)}
         yield {"quantity": "skip_depth", "value": float(certificate.skip_depth), **where}
@@ -129,7 +139,7 @@ def _certificates(context: Context) -> Iterator[Row]:
 
 def _cancelled_identity(context: Context) -> Iterator[Row]:
     """The counterexample: one block whose branch has J = −I."""
-    model = _dense(context, skip="preactivation", norm="none", depth=4)
+    model = _dense(context.config, skip="preactivation", norm="none", depth=4)
     network = context.network(model, 0)
     network.block1 = cancelled_block(model.width).to(context.device)
     yield from _block_rows(context, network, {"part": "cancelled", **network_columns(model, 0)})
@@ -144,39 +154,42 @@ def cancelled_block(width: int) -> Residual:
     return Residual(branch, nn.Identity(), nn.Identity())
 
 
-def _flows(context: Context) -> Iterator[Row]:
-    """How much of the gradient reaches the first stage, for the three chains at equal depth and parameters."""
-    grid = context.config.grid
+def _flowing(config: Config) -> list[ModelConfig]:
     # under batch normalisation the scale of the weights does not matter
-    gains = [("none", weight_var) for weight_var in grid.weight_vars] + [("batch", 2.0)]
-    models = [
-        _dense(context, skip=skip, norm=norm, weight_var=weight_var, depth=depth)
+    gains = [("none", weight_var) for weight_var in config.grid.weight_vars] + [("batch", 2.0)]
+    return [
+        _dense(config, skip=skip, norm=norm, weight_var=weight_var, depth=depth)
         for norm, weight_var in gains
-        for depth in grid.depths
+        for depth in config.grid.depths
         for skip in SKIPS
     ]
-    for model in context.progress(models, "gradients end to end"):
-        for seed in range(grid.seeds):
+
+
+def _flows(context: Context) -> Iterator[Row]:
+    """How much of the gradient reaches the first stage, for the three chains at equal depth and parameters."""
+    for model in context.progress(_flowing(context.config), "gradients end to end"):
+        for seed in range(context.config.grid.seeds):
             where = {"part": "flow", "when": "initial", **network_columns(model, seed)}
-            yield {"quantity": "flow", "value": flow(context, _network(context, model, seed)), **where}
+            yield {"quantity": "flow", "value": flow(context, context.calibrated(model, seed)), **where}
 
 
 def flow(context: Context, network: nn.Sequential) -> float:
     """½ ln mean_n ‖g_1‖² − ½ ln mean_n ‖g_{L−1}‖², between the first stage and the readout."""
-    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
-    chain = cut(network, None, torch.float64, "eval")
-    signals = [link.signal for link in walk_back(chain, inputs.double(), targets, cross_entropy)]
-    return signals[-1].log_rms() - signals[1].log_rms()
+    signals = context.error_signals(network)
+    return signals[1] - signals[len(signals) - 1]
+
+
+def _growing(config: Config) -> list[ModelConfig]:
+    return [_dense(config, skip="preactivation", norm=norm, weight_var=2.0, depth=max(config.grid.depths)) for norm in NORMS]
 
 
 def _moments(context: Context) -> Iterator[Row]:
     """How x_l² grows along pre-activation chains with σw² = 2, with and without normalisation."""
     grid = context.config.grid
     batch, _ = context.samples(context.data.train, grid.calibration)
-    for norm in NORMS:
-        model = _dense(context, skip="preactivation", norm=norm, weight_var=2.0, depth=max(grid.depths))
+    for model in _growing(context.config):
         for seed in range(grid.seeds):
-            chain = cut(_network(context, model, seed), None, torch.float64, "eval")
+            chain = cut(context.calibrated(model, seed), None, torch.float64, "eval")
             squares = [float(state.square().mean()) for state in chain.states(batch.double())[1:-1]]
             for block, square in enumerate(squares[1:], start=1):
                 where = {"part": "moment", "layer": block, **network_columns(model, seed)}
@@ -184,13 +197,16 @@ def _moments(context: Context) -> Iterator[Row]:
                 yield {"quantity": "added_variance", "value": square - squares[0], **where}
 
 
+def _trained(config: Config) -> list[ModelConfig]:
+    return [replace(config.model, skip=skip, depth=depth) for depth in config.grid.train_depths for skip in SKIPS]
+
+
 def _trainings(context: Context) -> Iterator[Row]:
     """The three chains trained alike, with their gradients before and after."""
-    config, grid = context.config, context.config.grid
-    models = [replace(config.model, skip=skip, depth=depth) for depth in grid.train_depths for skip in SKIPS]
-    for model in context.progress(models, "trainings"):
+    grid = context.config.grid
+    for model in context.progress(_trained(context.config), "trainings"):
         for seed in range(grid.train_seeds):
-            network = _network(context, model, seed)
+            network = context.calibrated(model, seed)
             where = {"part": "training", **network_columns(model, seed)}
             yield {"quantity": "flow", "value": flow(context, network), "when": "initial", **where}
             outcome = context.train(network, f"{model.skip}, depth {model.depth}, seed {seed}", seed)

@@ -22,9 +22,11 @@ from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
-from src.locking import gradient_profile, walk_back
+from src.locking import gradient_profile
+from src.plan import Work
 from src.rows import pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
+from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -78,18 +80,34 @@ def check(config: Config, data: Data) -> None:
     require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
 
 
+def plan(context: Context) -> list[Work]:
+    """What is measured and trained."""
+    config, grid = context.config, context.config.grid
+    steps = planned_steps(config.training, len(context.data.train))
+    return [
+        *(Work(model, grid.certified_seeds, certified=True) for model in _bounded(config)),
+        *(Work(model, 1, certified=True) for _, model in _scaled(config)),
+        *(Work(model, grid.seeds, certified=True) for model in _rated(config)),
+        Work(_hidden_net(config), grid.seeds),
+        *(Work(model, grid.train_seeds, steps) for model in _short(config)),
+    ]
+
+
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
     parts = (_bounds, _scaled_chains, _rates, _hiding, _edge)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
+def _bounded(config: Config) -> list[ModelConfig]:
+    return [replace(config.model, **net, depth=depth) for net in BOUNDED for depth in config.grid.depths]
+
+
 def _bounds(context: Context) -> Iterator[Row]:
     """Both forms of the bound on every sample, and ‖J_l‖ beside them."""
     grid = context.config.grid
     inputs, targets = context.samples(context.data.test, grid.samples)
-    models = [replace(context.config.model, **net, depth=depth) for net in BOUNDED for depth in grid.depths]
-    for model in context.progress(models, "bounds"):
+    for model in context.progress(_bounded(context.config), "bounds"):
         for seed in range(grid.certified_seeds):
             certificate = certify(exact_network(context, model, seed), inputs, targets)
             where = {"part": "bound", **network_columns(model, seed)}
@@ -120,20 +138,23 @@ def linears(network: nn.Sequential) -> list[nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
+def _scaled(config: Config) -> list[tuple[str, ModelConfig]]:
+    orthogonal: dict[str, Any] = {"activation": "linear", "init": "orthogonal", "weight_var": 1.0, "bias_var": 0.0}
+    return [(kind, replace(config.model, **orthogonal, depth=depth)) for kind in SCALED for depth in config.grid.depths]
+
+
 def _scaled_chains(context: Context) -> Iterator[Row]:
     """Orthogonal linear chains whose layers are scaled to a given ‖J_l‖ < 1."""
     grid = context.config.grid
     inputs, targets = context.samples(context.data.test, grid.samples)
-    for kind, norm in SCALED.items():
-        for depth in grid.depths:
-            model = replace(context.config.model, activation="linear", init="orthogonal", weight_var=1.0, bias_var=0.0, depth=depth)
-            network = exact_network(context, model, 0)
-            scale_layers(network, norm)
-            where = {"part": "scaled", "chain": kind, **network_columns(model, 0)}
-            certificate = certify(network, inputs, targets)
-            yield {"quantity": "attenuation", "value": float(certificate.log_attenuation.mean()), **where}
-            for layer, value in error_signals(context, network).items():
-                yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
+    for kind, model in _scaled(context.config):
+        network = exact_network(context, model, 0)
+        scale_layers(network, SCALED[kind])
+        where = {"part": "scaled", "chain": kind, **network_columns(model, 0)}
+        certificate = certify(network, inputs, targets)
+        yield {"quantity": "attenuation", "value": float(certificate.log_attenuation.mean()), **where}
+        for layer, value in context.error_signals(network).items():
+            yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
 
 
 @torch.no_grad()
@@ -143,25 +164,21 @@ def scale_layers(network: nn.Sequential, norm: Callable[[int], float]) -> None:
         linear.weight.mul_(norm(layer))
 
 
-def error_signals(context: Context, network: nn.Sequential) -> dict[int, float]:
-    """½ ln mean_n ‖g_l‖² for every l, on the measured images."""
-    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
-    links = walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
-    return {link.index: link.signal.log_rms() for link in links}
+def _rated(config: Config) -> list[ModelConfig]:
+    settings = [(activation, weight_var) for activation in ACTIVATIONS for weight_var in config.grid.weight_vars]
+    return [replace(config.model, activation=phi, weight_var=weight_var, depth=config.grid.rate_depth) for phi, weight_var in settings]
 
 
 def _rates(context: Context) -> Iterator[Row]:
     """χ and the gradient's own rate for every activation, σw² and seed."""
-    config, grid = context.config, context.config.grid
+    grid = context.config.grid
     inputs, _ = context.samples(context.data.test, grid.samples)
-    settings = [(activation, weight_var) for activation in ACTIVATIONS for weight_var in grid.weight_vars]
-    for activation, weight_var in context.progress(settings, "rates"):
-        model = replace(config.model, activation=activation, weight_var=weight_var, depth=grid.rate_depth)
+    for model in context.progress(_rated(context.config), "rates"):
         for seed in range(grid.seeds):
             network = context.network(model, seed)
             where = {"part": "rate", **network_columns(model, seed)}
             yield {"quantity": "chi", "value": mean_squared_singular_value(network, inputs.double()), **where}
-            signal = error_signals(context, network)
+            signal = context.error_signals(network)
             for layer, value in signal.items():
                 yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
             deep = range(grid.rate_depth // 2, grid.rate_depth)
@@ -178,11 +195,15 @@ def mean_squared_singular_value(network: nn.Sequential, inputs: torch.Tensor) ->
     return float(torch.stack(squares).mean())
 
 
+def _hidden_net(config: Config) -> ModelConfig:
+    return replace(config.model, **HIDING, depth=config.grid.rate_depth)
+
+
 def _hiding(context: Context) -> Iterator[Row]:
     """Profiles of a net in which ‖∇W_l‖ does not tell what becomes of ‖g_l‖."""
     grid = context.config.grid
     inputs, targets = context.samples(context.data.test, grid.samples)
-    model = replace(context.config.model, **HIDING, depth=grid.rate_depth)
+    model = _hidden_net(context.config)
     for seed in range(grid.seeds):
         chain = cut(context.network(model, seed), None, torch.float64, "eval")
         for stage in gradient_profile(chain, inputs.double(), targets, cross_entropy).itertuples():
@@ -191,16 +212,19 @@ def _hiding(context: Context) -> Iterator[Row]:
             yield {"quantity": "weight_gradient", "value": stage.log_weight_grad_norm, **where}
 
 
-def _edge(context: Context) -> Iterator[Row]:
-    """Short trainings over (depth, σw²) for tanh."""
-    config, grid = context.config, context.config.grid
-    models = [
+def _short(config: Config) -> list[ModelConfig]:
+    grid = config.grid
+    return [
         replace(config.model, activation="tanh", weight_var=weight_var, depth=depth, width=grid.train_width)
         for weight_var in grid.train_weight_vars
         for depth in grid.train_depths
     ]
-    for model in context.progress(models, "short trainings"):
-        for seed in range(grid.train_seeds):
+
+
+def _edge(context: Context) -> Iterator[Row]:
+    """Short trainings over (depth, σw²) for tanh."""
+    for model in context.progress(_short(context.config), "short trainings"):
+        for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed)
             outcome = context.train(network, f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", seed)
             where = {"part": "edge", **network_columns(model, seed)}

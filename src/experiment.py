@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,16 +22,22 @@ from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from src import rows as row_table
-from src.config import Config, Criterion, ModelConfig
+from src.chain import cut
+from src.config import Config, Criterion, ModelConfig, TrainingConfig
 from src.data.load import Data, Split, load
 from src.errors import UserError
-from src.models import build
+from src.locking import walk_back
+from src.models import build, calibrate
+from src.models.exits import MultiExit, with_exits
+from src.models.layers import Layers
+from src.plan import Work, describe
 from src.results import RunError, RunFolder
 from src.seeds import generator
 from src.tracking import Tracker, open_tracker
-from src.training.loop import Outcome, train
+from src.training.loop import Objective, Outcome, end_to_end, train
 from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
@@ -47,6 +54,8 @@ class Context:
     device: torch.device
     tracker: Tracker
     bars: Progress = field(default_factory=lambda: Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True))
+    # random networks drawn and training steps done so far: what the plan foretold
+    tally: Counter[str] = field(default_factory=Counter)
 
     def generator(self, *purpose: str | int | float) -> torch.Generator:
         """The CPU generator of a purpose, derived from the root seed."""
@@ -57,7 +66,25 @@ class Context:
 
         Architectures draw the same numbers for the same seed, so that they can be compared in pairs.
         """
+        self.tally["networks"] += 1
         return build(model, self.data.shape, self.data.classes, self.generator("init", seed)).to(self.device)
+
+    def calibrated(self, model: ModelConfig, seed: int) -> nn.Sequential:
+        """The same, its BatchNorm statistics those of `grid.calibration` training images."""
+        network = self.network(model, seed)
+        calibrate(network, self.samples(self.data.train, self.config.grid.calibration)[0])
+        return network
+
+    def with_exits(self, network: nn.Sequential, model: ModelConfig, names: Sequence[str], seed: int) -> MultiExit:
+        """The network, in place, with a linear exit at the named stages; the exits draw numbers of their own."""
+        layers = Layers(model, self.generator("exits", seed))
+        return with_exits(network, names, layers, self.data.shape, self.data.classes)
+
+    def error_signals(self, network: nn.Sequential) -> dict[int, float]:
+        """½ ln mean_n ‖g_l‖² of every stage l, over `grid.samples` test images, in float64; nats."""
+        inputs, targets = self.samples(self.data.test, self.config.grid.samples)
+        links = walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
+        return {link.index: link.signal.log_rms() for link in links}
 
     def samples(self, split: Split, count: int) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """`count` images drawn without replacement, the same for every network, standardised; and their labels.
@@ -73,19 +100,36 @@ class Context:
         """The items, behind a progress bar when standard error is a terminal."""
         return self.bars.track(items, total=len(items), description=description)
 
-    def train(self, network: nn.Module, name: str, seed: int) -> Outcome:
-        """Train a network in place, as configured, and log its curves under a name.
+    def train(
+        self,
+        network: nn.Module,
+        name: str,
+        seed: int,
+        objective: Objective = end_to_end,
+        on_step: Callable[[int], object] | None = None,
+        config: TrainingConfig | None = None,
+    ) -> Outcome:
+        """Train a network in place, and log its curves under a name.
 
         The order of the images is the seed's own, the same for every network.
+
+        Args:
+            network: what is trained.
+            name: of its curves.
+            seed: of the order.
+            objective: what is minimised.
+            on_step: called with the steps done after every step, to measure along the way.
+            config: the training, where it is not the configured one.
         """
         bar = self.bars.add_task(name)
-        outcome = train(
-            network,
-            self.data,
-            self.config.training,
-            self.generator("order", seed),
-            lambda step, total: self.bars.update(bar, completed=step, total=total, visible=step < total),
-        )
+
+        def stepped(step: int, total: int) -> None:
+            self.tally["steps"] += 1
+            self.bars.update(bar, completed=step, total=total, visible=step < total)
+            if on_step:
+                on_step(step)
+
+        outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective)
         self.tracker.curve(name, outcome.history)
         return outcome
 
@@ -102,6 +146,7 @@ class Experiment(Protocol):
 
     QUANTITIES: Mapping[str, str]
     check: Callable[[Config, Data], None]
+    plan: Callable[[Context], list[Work]]
     measure: Callable[[Context], pd.DataFrame]
     judge: Callable[[pd.DataFrame, Mapping[str, Criterion]], list[Verdict]]
 
@@ -140,6 +185,7 @@ def _carry_out(experiment: Experiment, context: Context, folder: RunFolder) -> l
     log.info("%s on %s at scale=%s, seed %d, %s", config.claim.name, data.name, config.scale.name, config.seed, device)
     if data.is_fallback:
         log.warning("FALLBACK: %s could not be had, everything below is measured on %s", data.requested, data.name)
+    log.info(describe(experiment.plan(context), config, data))
     provenance = provenance_of(config, data, device)
     with _deterministic(), context.bars:
         rows = experiment.measure(context)

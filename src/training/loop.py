@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -23,6 +23,14 @@ from src.training.precision import tf32
 EVALUATED = 2_000  # training images that the train metrics are taken on
 CHUNK = 1_000  # images evaluated at once
 CHECK_EVERY = 10  # steps between two looks for divergence: a look waits for the device
+
+# what a training minimises: the loss of a model on standardised images and their labels
+Objective = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def end_to_end(model: nn.Module, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+    """The mean cross-entropy of the model's output, in nats."""
+    return cross_entropy(model(images), labels)
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ def train(
     config: TrainingConfig,
     generator: torch.Generator,
     on_step: Callable[[int, int], object] | None = None,
+    objective: Objective = end_to_end,
 ) -> Outcome:
-    """Minimise the cross-entropy of `model`, in place; it is left in eval mode.
+    """Minimise an objective, the cross-entropy unless another is given, over the parameters of `model`, in place; it is left in eval mode.
 
     It is evaluated before the first step, after every epoch and at the end, on the test images and the first 2,000 training images,
     always without bf16 or TF32. It has diverged when the loss of a batch or a parameter is not finite; that ends the training within
@@ -62,15 +71,15 @@ def train(
         data: the images, on the model's device; an epoch is one pass over the training images, the last partial batch dropped.
         config: optimiser, schedule, length and arithmetic.
         generator: on the CPU; draws one permutation of the training images an epoch.
-        on_step: called after every step with the steps done and the steps in all.
+        on_step: called after every step with the steps done and the steps in all; it may change the model's mode, not its parameters.
+        objective: what is minimised. Parameters that it leaves without a gradient stay as they are.
 
     Raises: UserError, if a batch is larger than the training set.
     """
     steps_an_epoch = len(data.train) // config.batch_size
     if not steps_an_epoch:
         raise UserError(f"training.batch_size: {config.batch_size} exceeds the {len(data.train)} training images of {data.name}; lower it")
-    total = config.epochs * steps_an_epoch
-    total = min(total, config.max_steps or total)
+    total = planned_steps(config, len(data.train))
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, total)
     finite, history = True, [_row(model, data, schedule, 0, 0.0)]
@@ -78,7 +87,7 @@ def train(
         for step, (images, labels) in enumerate(islice(batches(data.train, config.batch_size, generator), total), start=1):
             model.train()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = cross_entropy(_logits(model, data, images), labels)
+                loss = objective(model, _prepared(model, data, images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -95,6 +104,12 @@ def train(
     return Outcome("finished" if finite else "diverged", step, pd.DataFrame(history))
 
 
+def planned_steps(config: TrainingConfig, images: int) -> int:
+    """How many steps a training on so many images takes unless it diverges."""
+    steps = config.epochs * (images // config.batch_size)
+    return min(steps, config.max_steps or steps)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, split: Split) -> tuple[float, float]:
     """Mean cross-entropy in nats, and accuracy, of a split; without TF32. The model is left in eval mode."""
@@ -102,7 +117,7 @@ def evaluate(model: nn.Module, data: Data, split: Split) -> tuple[float, float]:
     totals = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
     with tf32(False):
         for images, labels in zip(split.images.split(CHUNK), split.labels.split(CHUNK), strict=True):
-            logits = _logits(model, data, images).double()
+            logits = model(_prepared(model, data, images)).double()
             totals += torch.stack([cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
     loss, accuracy = (totals / len(split)).tolist()
     return loss, accuracy
@@ -120,10 +135,9 @@ def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[tup
             yield split.images[batch], split.labels[batch]
 
 
-def _logits(model: nn.Module, data: Data, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-    """The model's output for raw images, in the dtype of its parameters."""
-    logits: Tensor = model(data.standardise(images).to(next(model.parameters())))
-    return logits
+def _prepared(model: nn.Module, data: Data, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Raw images standardised, in the dtype of the model's parameters."""
+    return data.standardise(images).to(next(model.parameters()))
 
 
 def _row(model: nn.Module, data: Data, schedule: LRScheduler, step: int, epoch: float) -> dict[str, int | float]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ from src.rows import pick
 from src.tracking import Silent
 from src.verdict import Verdict
 
-SMALL = ("model.width=32", "grid.seeds=2", "grid.samples=3", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
+NAMES = sorted(file.stem for file in (run.CONF / "experiment").glob("*.yaml"))
 
 
 @cache
@@ -44,10 +45,19 @@ def experiment(name: str) -> Experiment:
     return import_module(f"experiments.{name}")
 
 
+def own_tests(name: str) -> ModuleType:
+    """An experiment's own tests: SMALL, the overrides of a tiny run; CASES, rows made to obey or to break each criterion."""
+    return import_module(f"tests.experiments.test_{name}")
+
+
+def small_context(name: str, *overrides: str) -> Context:
+    return context(name, *own_tests(name).SMALL, *overrides)
+
+
 @cache
 def small_rows(name: str) -> pd.DataFrame:
     """Really measured rows on a tiny grid; not to be written to."""
-    return experiment(name).measure(context(name, *SMALL))
+    return experiment(name).measure(small_context(name))
 
 
 def verdicts(name: str, rows: pd.DataFrame) -> dict[str, Verdict]:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.experiments.measured import small_rows
-from tests.paper_figures.drawn import NAMES
+from tests.experiments.measured import NAMES, small_rows
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from paper_figures import __main__ as command
 from paper_figures.style import panels
-from tests.paper_figures.drawn import NAMES, finished_run, parquet
+from tests.experiments.measured import NAMES
+from tests.paper_figures.drawn import finished_run, parquet
 
 KINDS = {"pdf": b"%PDF", "png": b"\x89PNG", "tex": rb"\begin{tabular}", "md": b"|", "csv": b""}
 

@@ -6,27 +6,10 @@ import numpy as np
 import pytest
 
 from paper_figures import vanishing_products as figure_module
-from paper_figures.style import to_bytes
 from src.rows import pick
-from tests.paper_figures.drawn import check_panels, draw, read
+from tests.paper_figures.drawn import read
 
 NAME = "vanishing_products"
-
-
-def test_drawing_twice_gives_the_same_bytes_and_leaves_the_rows_alone(tmp_path: Path) -> None:
-    rows = read(NAME, tmp_path)
-    first, second = draw(NAME, rows), draw(NAME, rows)
-    check_panels(first, 6)
-    for kind in ("png", "pdf"):
-        assert to_bytes(first, kind) == to_bytes(second, kind)
-    assert "FALLBACK" not in first._supxlabel.get_text()
-    assert rows.equals(read(NAME, tmp_path))
-
-
-def test_a_fallback_run_is_called_out_in_red(tmp_path: Path) -> None:
-    label = draw(NAME, read(NAME, tmp_path, fallback=True))._supxlabel
-    assert label.get_text().startswith("FALLBACK: measured on digits in place of mnist")
-    assert label.get_color() == "tab:red"
 
 
 def test_the_table_has_the_measured_and_the_predicted_growth(tmp_path: Path) -> None:

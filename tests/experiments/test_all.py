@@ -1,0 +1,38 @@
+"""What every experiment owes: a plan that it keeps, rows that repeat, verdicts that follow the rows, a figure and tests of its own."""
+
+import importlib.util
+
+import pandas as pd
+import pytest
+
+from src.plan import networks_and_steps
+from tests.experiments.measured import NAMES, after, config, experiment, own_tests, small_context, small_rows, verdicts
+
+CASES = [(name, criterion, changes, word) for name in NAMES for criterion, changes, word in own_tests(name).CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_a_module_a_figure_and_tests(name: str) -> None:
+    modules = (f"experiments.{name}", f"paper_figures.{name}", f"tests.experiments.test_{name}", f"tests.paper_figures.test_{name}")
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+@pytest.mark.parametrize(("name", "criterion", "changes", "word"), CASES)
+def test_the_verdict_follows_the_rows(name: str, criterion: str, changes: list, word: str) -> None:
+    assert verdicts(name, after(small_rows(name), changes))[criterion].verdict == word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_criterion_is_seen_on_both_sides(name: str) -> None:
+    words = {criterion: {word for n, case, _, word in CASES if (n, case) == (name, criterion)} for criterion in config(name).criteria}
+    assert [criterion for criterion, found in words.items() if "refuted" not in found or not found & {"holds", "holds_if"}] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name: str) -> None:
+    rows, again = small_rows(name), small_context(name)
+    pd.testing.assert_frame_equal(experiment(name).measure(again), rows, check_exact=True)
+    assert (again.tally["networks"], again.tally["steps"]) == networks_and_steps(experiment(name).plan(again))
+    other = experiment(name).measure(small_context(name, "seed=1"))
+    pd.testing.assert_frame_equal(other.drop(columns="value"), rows.drop(columns="value"))
+    assert (other["value"] != rows["value"]).mean() > 0.5
