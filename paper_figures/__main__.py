@@ -1,6 +1,7 @@
 """Draw figures and tables from rows: `python -m paper_figures [NAME ...] [--results DIR] [--out DIR]`.
 
-The newest finished run of each experiment is drawn; where there is none, the committed reference rows.
+The newest finished run of each experiment is drawn; where there is none, the committed reference rows. `ledger` prints the verdicts on
+every form of every claim.
 Exit code 1 when something could not be drawn, 2 for a name that does not exist.
 """
 
@@ -8,17 +9,21 @@ import argparse
 import difflib
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
+from paper_figures.ledger import ledger, to_table
 from paper_figures.style import to_bytes
 from src import rows as row_table
 from src.errors import UserError
 from src.results import write_atomically
 
 HERE = Path(__file__).parent
-NAMES = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in ("__init__", "__main__", "style"))
+FIGURES = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in ("__init__", "__main__", "ledger", "style"))
+NAMES = [*FIGURES, "ledger"]
 
 
 def main() -> int:
@@ -37,6 +42,9 @@ def main() -> int:
     failures = 0
     for name in arguments.names or NAMES:
         try:
+            if name == "ledger":
+                show_ledger(arguments.results, arguments.out)
+                continue
             source = newest_rows(name, arguments.results)
             for file in draw(name, read(name, source), arguments.out):
                 print(f"{file}  ←  {source}")
@@ -72,15 +80,29 @@ def read(name: str, source: Path) -> pd.DataFrame:
 def draw(name: str, rows: pd.DataFrame, out: Path) -> list[Path]:
     """Write one figure as PDF and PNG and its table as LaTeX, Markdown and CSV; return the files."""
     module = importlib.import_module(f"paper_figures.{name}")
-    out.mkdir(parents=True, exist_ok=True)
-    figure, table = module.draw(rows), module.table(rows)
-    contents: dict[str, bytes | str] = {
-        "pdf": to_bytes(figure, "pdf"),
-        "png": to_bytes(figure, "png"),
+    figure = module.draw(rows)
+    return _write(name, {"pdf": to_bytes(figure, "pdf"), "png": to_bytes(figure, "png"), **_as_text(module.table(rows))}, out)
+
+
+def show_ledger(results: Path, out: Path) -> None:
+    """Print the ledger; write it as LaTeX, Markdown and CSV."""
+    lines = ledger(results, HERE / "reference")
+    Console(width=None if sys.stdout.isatty() else 200).print(to_table(lines))
+    for file in _write("ledger", _as_text(lines), out):
+        print(file)
+
+
+def _as_text(table: pd.DataFrame) -> dict[str, str]:
+    """A table in its formats, by the ending of the file."""
+    return {
         "tex": table.style.hide(axis="index").format(precision=4, escape="latex").to_latex(hrules=True),
         "md": table.to_markdown(index=False, floatfmt=".4g") + "\n",
         "csv": table.to_csv(index=False),
     }
+
+
+def _write(name: str, contents: Mapping[str, bytes | str], out: Path) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.{kind}" for kind in contents]
     for file, content in zip(files, contents.values(), strict=True):
         write_atomically(file, content)

@@ -19,7 +19,7 @@ def run_and_report(config: Config) -> None:
         from src.experiment import run_experiment
 
         folder, finished = run_experiment(config)
-    verdicts = [Verdict(**{**entry, "interval": tuple(entry["interval"])}) for entry in folder.verdicts()]
+    verdicts = [Verdict.of(entry) for entry in folder.verdicts()]
     # a file or a pipe has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(to_table(verdicts, title=f"{config.claim.title} ({config.data.name}, scale={config.scale.name}, seed {config.seed})"))

@@ -6,7 +6,7 @@ A claim is tried in *cells*, one per condition: an estimate with its interval. A
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from src.statistics import Estimate
 
 Word = Literal["holds", "holds_if", "refuted", "inconclusive"]
 INTERVAL = ["estimate", "lo", "hi", "n"]
+COLOURS = {"holds": "green", "holds_if": "cyan", "refuted": "red", "inconclusive": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Verdict:
     interval: tuple[float | None, float | None]
     n: int
     evidence: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Verdict":
+        """Read an entry of verdicts.json.
+
+        Raises: TypeError or KeyError, if it is none.
+        """
+        return cls(**{**entry, "interval": tuple(entry["interval"])})
 
 
 def cell(estimate: Estimate, **condition: object) -> dict[str, object]:
@@ -134,6 +143,11 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def phrase(verdict: str, condition: str | None) -> str:
+    """A verdict as it is told, with its condition."""
+    return f"holds if {condition}" if verdict == "holds_if" else verdict
+
+
 def to_frame(verdicts: list[Verdict]) -> pd.DataFrame:
     """Verdicts as a table, a row each."""
     return pd.DataFrame([asdict(verdict) for verdict in verdicts])
@@ -141,14 +155,12 @@ def to_frame(verdicts: list[Verdict]) -> pd.DataFrame:
 
 def to_table(verdicts: list[Verdict], title: str) -> Table:
     """Verdicts as a rich table for the terminal."""
-    colour = {"holds": "green", "holds_if": "cyan", "refuted": "red", "inconclusive": "yellow"}
     table = Table(title=title, show_lines=True)
     table.add_column("form of the claim, and evidence", overflow="fold")
     for heading in ("verdict", "estimate", "interval", "n"):
         table.add_column(heading, overflow="fold", justify="left" if heading == "verdict" else "right")
     for v in verdicts:
         name = f"[bold]{v.claim.rpartition('/')[2]}[/] ({v.form.replace('_', ' ')}): {escape(v.statement)}\n[dim]{escape(v.evidence)}[/]"
-        word = v.verdict if v.verdict != "holds_if" else f"holds if {v.condition}"
         interval = f"{_short(v.interval[0])} … {_short(v.interval[1])}"
-        table.add_row(name, f"[{colour[v.verdict]}]{escape(word)}[/]", _short(v.estimate), interval, str(v.n))
+        table.add_row(name, f"[{COLOURS[v.verdict]}]{escape(phrase(v.verdict, v.condition))}[/]", _short(v.estimate), interval, str(v.n))
     return table

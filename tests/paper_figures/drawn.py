@@ -1,6 +1,8 @@
 """Rows as a finished run leaves them, and what every figure must have."""
 
 import importlib
+import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 
 from src import rows as row_table
 from src.experiment import stamp_of
-from tests.experiments.measured import experiment, small_context, small_rows
+from tests.experiments.measured import experiment, small_context, small_rows, verdicts
 
 
 @cache
@@ -28,6 +30,7 @@ def finished_run(results: Path, name: str, run: str = "a-run") -> Path:
     folder = results / name / "digits" / "smoke" / f"seed0-{run}"
     folder.mkdir(parents=True)
     (folder / "rows.parquet").write_bytes(parquet(name, run=run))
+    (folder / "verdicts.json").write_text(json.dumps([asdict(verdict) for verdict in verdicts(name, small_rows(name)).values()]))
     (folder / "status.json").write_text('{"status": "done"}', encoding="utf-8")
     return folder / "rows.parquet"
 

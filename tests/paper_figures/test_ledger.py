@@ -1,0 +1,64 @@
+"""The ledger: the newest run on each data set, the committed verdicts where there is none, and what is not measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paper_figures.ledger import ledger, to_table
+from src.errors import UserError
+from tests.experiments.measured import NAMES, config, small_rows, verdicts
+from tests.paper_figures.drawn import finished_run, parquet
+
+NAME = NAMES[0]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+def test_every_form_of_every_claim_has_a_line_measured_or_not(results: Path, tmp_path: Path) -> None:
+    finished_run(results, NAME)
+    lines = ledger(results, tmp_path)
+    assert lines["claim"].tolist() == [f"{name}/{form}" for name in NAMES for form in config(name).criteria]
+    measured = lines[lines["claim"].str.startswith(f"{NAME}/")]
+    expected = verdicts(NAME, small_rows(NAME)).values()
+    assert measured["verdict"].tolist() == [verdict.verdict for verdict in expected]
+    assert measured["evidence"].tolist() == [verdict.evidence for verdict in expected]
+    assert set(measured["command"]) == {f"python -m src.run experiment={NAME} data=digits scale=smoke seed=0"}
+    assert set(lines.drop(measured.index)["verdict"]) == {"not measured"}
+    assert to_table(lines).row_count == len(lines)
+
+
+def test_a_run_on_another_data_set_has_lines_of_its_own_and_a_newer_one_replaces(results: Path, tmp_path: Path) -> None:
+    finished_run(results, NAME, "older")
+    newer = finished_run(results, NAME, "newer").parent / "verdicts.json"
+    entries = json.loads(newer.read_text())
+    newer.write_text(json.dumps([{**entry, "evidence": "newer"} for entry in entries]))
+    once = ledger(results, tmp_path)
+    assert set(once.query("data == 'digits'")["evidence"]) == {"newer"}
+    folder = results / NAME / "digits"
+    folder.rename(results / NAME / "mnist")
+    finished_run(results, NAME, "older")
+    assert len(ledger(results, tmp_path)) == len(once) + len(entries)
+
+
+def test_committed_verdicts_stand_in(results: Path, tmp_path: Path) -> None:
+    run = finished_run(results, NAME).parent
+    (tmp_path / f"{NAME}.json").write_bytes((run / "verdicts.json").read_bytes())
+    (tmp_path / f"{NAME}.parquet").write_bytes(parquet(NAME))
+    lines = ledger(tmp_path / "nothing", tmp_path)
+    assert (lines["verdict"] != "not measured").sum() == len(config(NAME).criteria)
+
+
+def test_a_fallback_is_said(results: Path, tmp_path: Path) -> None:
+    finished_run(results, NAME).write_bytes(parquet(NAME, fallback=True))
+    assert "digits in place of mnist" in set(ledger(results, tmp_path)["data"])
+
+
+def test_damaged_verdicts_are_told_in_a_line(results: Path, tmp_path: Path) -> None:
+    file = finished_run(results, NAME).parent / "verdicts.json"
+    file.write_text("[{")
+    with pytest.raises(UserError, match=r"verdicts\.json: missing or damaged"):
+        ledger(results, tmp_path)

@@ -1,0 +1,60 @@
+"""Plans: what they count, and the estimate that they print."""
+
+from dataclasses import replace
+
+import pytest
+
+from src import plan
+from src.config import Config, ModelConfig
+from src.data.load import Data
+from src.plan import Work, describe, estimated_seconds, networks_and_steps
+from tests.experiments.measured import config as composed
+from tests.experiments.measured import digits
+
+
+@pytest.fixture
+def config() -> Config:
+    return composed("vanishing_products")
+
+
+@pytest.fixture
+def data() -> Data:
+    return digits(256, 100)
+
+
+@pytest.fixture
+def model(config: Config) -> ModelConfig:
+    return replace(config.model, width=8, depth=4)
+
+
+def test_networks_and_steps_are_summed(model: ModelConfig) -> None:
+    works = [Work(model, 3), Work(replace(model, depth=2), 2, steps=10), Work(model, 1, steps=5, certified=True)]
+    assert networks_and_steps(works) == (6, 25)
+    assert networks_and_steps([]) == (0, 0)
+
+
+def test_the_estimate_is_linear_in_depth_networks_and_steps(
+    model: ModelConfig, config: Config, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a pass of 4 s through the 4-layer net and a certificate of 8 s: 1 s and 2 s a layer."""
+    seconds = {"_pass": 4.0, "_certify": 8.0}
+    monkeypatch.setattr(plan, "_timed", lambda action: seconds[action.func.__name__])
+    deep = replace(model, depth=12)
+    assert estimated_seconds([Work(model, 1)], config, data) == 4
+    assert estimated_seconds([Work(model, 1), Work(deep, 5)], config, data) == 4 + 5 * 12
+    assert estimated_seconds([Work(model, 2, steps=10)], config, data) == 2 * 4 * 11
+    assert estimated_seconds([Work(model, 2, certified=True)], config, data) == 2 * 8
+    assert estimated_seconds([Work(model, 2, steps=10, certified=True), Work(model, 1)], config, data) == 2 * (8 + 40) + 4
+    assert estimated_seconds([], config, data) == 0
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(12.3, "12 s"), (130.0, "2 min"), (7300.0, "2.0 h")])
+def test_the_plan_is_one_line(
+    seconds: float, told: str, model: ModelConfig, config: Config, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "estimated_seconds", lambda *_: seconds)
+    assert describe([Work(model, 1_200, steps=5)], config, data) == f"plan: 1,200 networks, 6,000 training steps, very roughly {told}"
+
+
+def test_it_is_timed_for_real(model: ModelConfig, config: Config, data: Data) -> None:
+    assert 0 < estimated_seconds([Work(model, 1, steps=1, certified=True)], config, data) < 60
