@@ -17,6 +17,7 @@ from src import run
 from src.config import Config, Criterion
 from src.data.load import Data
 from src.experiment import Context
+from src.plan import Work
 from src.statistics import exactly
 from src.verdict import Verdict, cell, judge_forms
 
@@ -53,6 +54,11 @@ training:
 
 def check(config: Config, data: Data) -> None:
     """Anything goes."""
+
+
+def plan(context: Context) -> list[Work]:
+    """No networks."""
+    return []
 
 
 def measure(context: Context) -> pd.DataFrame:
@@ -107,7 +113,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     experiment = modules["experiments.tiny"]
-    vars(experiment).update(QUANTITIES={"number": "a random number, no unit"}, check=check, judge=judge)
+    vars(experiment).update(QUANTITIES={"number": "a random number, no unit"}, check=check, plan=plan, judge=judge)
     vars(modules["paper_figures.tiny"]).update(draw=draw)
     tiny = Tiny(conf, experiment)
     tiny.measures(measure)
