@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.errors import UserError
+from src.trace import traced_stages
 
 BatchNormMode = Literal["eval", "train"]
 Value = Tensor | Proxy  # torch.fx traces the stages with proxies
@@ -62,26 +63,25 @@ class OnBatch(nn.Module):
 
 
 def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
-    """Cut a copy of a sequential model into a chain; the model itself stays untouched.
+    """Cut a copy of a model into a chain; the model itself stays untouched.
 
     Args:
-        model: an `nn.Sequential`; its children are the stages.
-        stages: names of the children to cut after; None cuts after every child.
+        model: an `nn.Sequential`, whose children are the stages, or any model that torch.fx can trace, cut where one tensor separates
+            what is before from what is after.
+        stages: names of the stages to cut after; None cuts after every one.
         dtype: the arithmetic of the copy.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own, one operator on the batch.
 
     Returns: a chain in `dtype` with dropout off and nothing in place.
-    Raises: UserError when the model is not sequential, a name is unknown, or BatchNorm has no statistics to freeze.
+    Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward or not model._modules:
-        raise UserError(f"certify takes an nn.Sequential of stages; got {type(model).__name__}: wrap its stages in one, in order")
     twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
         if getattr(module, "inplace", False):
             module.inplace = False
         if isinstance(module, _BatchNorm):
             _prepare_batch_norm(name, module, batch_norm)
-    chain = _group(twin, stages)
+    chain = _group(_stages(twin), stages)
     for stage in chain.stages:
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
@@ -102,13 +102,24 @@ def _prepare_batch_norm(name: str, module: _BatchNorm, mode: BatchNormMode) -> N
         raise UserError(f"{name}: BatchNorm without running statistics couples the samples; certify with batch_norm='train'")
 
 
-def _group(model: nn.Sequential, stages: Sequence[str] | None) -> Chain:
-    # not named_children(), which lists a module that stands twice only once
-    children = {name: child for name, child in model._modules.items() if child is not None}
+def _stages(model: nn.Module) -> dict[str, nn.Module]:
+    """The children of a sequential model, else what its graph is cut into."""
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        # not named_children(), which lists a module that stands twice only once
+        children = {name: child for name, child in model._modules.items() if child is not None}
+    else:
+        children = traced_stages(model)
+    if not children:
+        raise UserError(f"{type(model).__name__}: nothing to certify, it has no stages")
+    return children
+
+
+def _group(children: dict[str, nn.Module], stages: Sequence[str] | None) -> Chain:
+    """The chain that is cut after the named children and after the last."""
     ends = list(children) if stages is None else [*stages]
     unknown = [name for name in ends if name not in children]
     if unknown:
-        raise UserError(f"no stage named {unknown[0]!r}; the model's children are {', '.join(children)}")
+        raise UserError(f"no stage named {unknown[0]!r}; there are {', '.join(children)}")
     names: list[str] = []
     groups: list[nn.Module] = []
     open_group: list[nn.Module] = []

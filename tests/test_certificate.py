@@ -549,9 +549,9 @@ def test_measuring_twice_gives_the_same():
 def test_what_is_refused():
     x, y = normal(3, 4), LABELS
     model = dense(4, 3, 3)
-    with refusal("certify takes an nn.Sequential of stages; got Linear: wrap its stages in one, in order"):
-        certify(nn.Linear(4, 3), x, y)
-    with refusal("no stage named 'fc'; the model's children are 0, 1"):
+    with refusal("Sequential: nothing to certify, it has no stages"):
+        certify(nn.Sequential(), x, y)
+    with refusal("no stage named 'fc'; there are 0, 1"):
         certify(model, x, y, stages=["fc"])
     with refusal("certificate: 0 inputs and 0 targets; give as many of each, at least one"):
         certify(model, x[:0], y[:0])
