@@ -18,14 +18,18 @@ from src import paths
 from src.chain import BatchNormMode, cut, require_finite
 from src.errors import UserError
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
+from src.jacobian.matrix_free import extremes
 from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
 from src.seeds import generator
-from src.spectrum import Spectrum, spectrum
+from src.spectrum import Extremes, spectrum
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
-# one layer's Jacobians of all samples; beyond it a matrix-free method is called for
+# one layer's Jacobians of all samples; beyond it they are not written out
 MEMORY_BYTES = 2**31
+# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
+DECOMPOSED = 2e11
+Method = Literal["auto", "exact", "matrix_free"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,15 @@ class Certificate:
 
     Attributes:
         log_attenuation: Σ_l ln‖J_l‖ over all stages, a sample; nats.
-        rank: min_l rank J_l, a sample.
-        conditioning: max_l cond J_l, a sample; inf where a J_l is rank-deficient.
+        rank: min_l rank J_l, a sample; where a rank is enclosed, its upper side counts.
+        conditioning: max_l cond J_l, a sample; inf where a J_l is rank-deficient, NaN where one is not known and none is deficient.
         skip_depth: the fewest weight layers between the loss and H_1.
         depth: the most.
         layers: a row per (sample, stage): sample, stage, index, norm, norm_lo, norm_hi, sigma_min, rank, rank_lo, rank_hi, cond,
             method, error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
-        tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank.
+        tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -131,7 +135,7 @@ def certify(
     targets: Tensor,
     loss: Loss = torch.nn.functional.cross_entropy,
     stages: Sequence[str] | None = None,
-    method: Literal["auto", "exact", "matrix_free"] = "auto",
+    method: Method = "auto",
     dtype: torch.dtype = torch.float64,
     batch_norm: BatchNormMode = "eval",
 ) -> Certificate:
@@ -146,7 +150,8 @@ def certify(
         targets: N targets.
         loss: ℓ(H_L, y); it is applied to one sample at a time (to the whole batch under batch_norm="train").
         stages: names of the children to cut after; None cuts after every child.
-        method: "exact" and "auto" write each J_l out; "matrix_free" is refused as yet.
+        method: "exact" writes each J_l out; "matrix_free" encloses σ₁ and the rank by products with vectors; "auto" takes for each stage
+            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds.
         dtype: the arithmetic of the measurement.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
 
@@ -155,72 +160,84 @@ def certify(
     """
     if batch_norm not in get_args(BatchNormMode):
         raise UserError(f"certify: batch_norm={batch_norm!r}; use 'eval' or 'train'")
-    if method not in ("auto", "exact", "matrix_free"):
-        raise UserError(f"certify: method={method!r}; use 'auto' or 'exact'")
-    if method == "matrix_free":
-        raise UserError("certify: method='matrix_free' is not available yet; use 'auto' or 'exact'")
+    if method not in get_args(Method):
+        raise UserError(f"certify: method={method!r}; use 'auto', 'exact' or 'matrix_free'")
     chain = cut(model, stages, dtype, batch_norm)
-    layers, severities, spectra = [], [], []
-    probe_generator = generator(0, "lock condition")
+    layers, severities, known = [], [], []
+    probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
-        _require_memory(link)
-        J = layer_jacobian(link.stage, link.inputs)
-        require_finite(J, f"the Jacobian of stage '{link.name}'")
-        s = spectrum(J)
+        if writes_out(link, method):
+            J = layer_jacobian(link.stage, link.inputs)
+            require_finite(J, f"the Jacobian of stage '{link.name}'")
+            found = Extremes.of(spectrum(J))
+        else:
+            flat = link.inputs.flatten(1)
+            found = extremes(link.stage, link.inputs, torch.randn(flat.shape, generator=start_generator, dtype=dtype).to(flat.device))
         gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
-        layers.append(_layer_rows(link, s, gradients))
+        layers.append(_layer_rows(link, found, gradients))
         condition = lock_condition(link.stage, link.inputs, gradients, probe)
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **condition})
-        spectra.append(s)
+        known.append(found)
 
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
     by_sample = table.groupby("sample")
     return Certificate(
         log_attenuation=torch.tensor(table["norm"].map(_log).groupby(table["sample"]).sum().to_numpy()),
         rank=torch.tensor(by_sample["rank"].min().to_numpy()),
-        conditioning=torch.tensor(by_sample["cond"].max().to_numpy()),
+        conditioning=torch.tensor(by_sample["cond"].agg(_greatest).to_numpy()),
         skip_depth=paths.skip_depth(chain.stages),
         depth=paths.depth(chain.stages),
         layers=table,
         severity=pd.DataFrame(severities[::-1]),
-        singular_values=tuple(s.values for s in spectra[::-1]),
-        tolerance=max(float(s.tolerance.max()) for s in spectra),
+        singular_values=tuple(found.values for found in known[::-1]),
+        tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
         first_parameter_norm=parameter_jacobian_norm(link.stage, link.inputs),
     )
 
 
-def _layer_rows(link: Link, s: Spectrum, gradients: Float[Tensor, "n p"]) -> pd.DataFrame:
+def _layer_rows(link: Link, found: Extremes, gradients: Float[Tensor, "n p"]) -> pd.DataFrame:
     log_grad_norm = gradients.norm(dim=1).log() + link.signal.log_norm
     columns = {
-        "norm": s.norm,
-        "norm_lo": (s.norm - s.tolerance).clamp(min=0),
-        "norm_hi": s.norm + s.tolerance,
-        "sigma_min": s.smallest,
-        "rank": s.rank,
-        "rank_lo": s.rank_lo,
-        "rank_hi": s.rank_hi,
-        "cond": s.condition,
-        "method": "exact",
+        "norm": found.norm,
+        "norm_lo": found.norm_lo,
+        "norm_hi": found.norm_hi,
+        "sigma_min": found.smallest,
+        "rank": found.rank,
+        "rank_lo": found.rank_lo,
+        "rank_hi": found.rank_hi,
+        "cond": found.condition,
+        "method": found.method,
         "error_norm": link.signal.log_norm.exp(),
         "grad_norm": log_grad_norm.exp(),
         "saturation": saturation(link.stage, link.inputs),
-        "mean_square": s.mean_square,
+        "mean_square": found.mean_square,
         "log_error_norm": link.signal.log_norm,
         "log_grad_norm": log_grad_norm,
     }
     numbers = {column: value.cpu().numpy() if isinstance(value, Tensor) else value for column, value in columns.items()}
-    return pd.DataFrame({"sample": range(len(s.norm)), "stage": link.name, "index": link.index, **numbers})
+    return pd.DataFrame({"sample": range(len(found.norm)), "stage": link.name, "index": link.index, **numbers})
 
 
-def _require_memory(link: Link) -> None:
-    outputs, inputs = link.signal.direction[0].numel(), link.inputs[0].numel()
-    size = len(link.inputs) * outputs * inputs * link.inputs.dtype.itemsize
-    if size > MEMORY_BYTES:
+def writes_out(link: Link, method: Method) -> bool:
+    """Whether the Jacobians of a stage are written out.
+
+    Raises: UserError when that is asked for and they don't fit.
+    """
+    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
+    size = n * m * d * link.inputs.dtype.itemsize
+    if method == "exact" and size > MEMORY_BYTES:
         raise UserError(
-            f"certificate: stage '{link.name}' has {len(link.inputs)} Jacobians of {outputs}×{inputs}, {size / 2**30:.1f} GiB; "
-            "give fewer samples or smaller inputs"
+            f"certificate: stage '{link.name}' has {n} Jacobians of {m}×{d}, {size / 2**30:.1f} GiB; "
+            "give fewer samples or smaller inputs, or method='auto'"
         )
+    fits = size <= MEMORY_BYTES and n * m * d * min(m, d) <= DECOMPOSED
+    return method == "exact" or (method == "auto" and fits)
+
+
+def _greatest(conditions: pd.Series) -> float:
+    """The largest, inf if there is one, NaN if one is not known."""
+    return math.inf if (conditions == math.inf).any() else float(conditions.max(skipna=False))
 
 
 def _log(value: float) -> float:

@@ -557,8 +557,6 @@ def test_what_is_refused():
         certify(model, x[:0], y[:0])
     with refusal("certificate: 3 inputs and 2 targets; give as many of each, at least one"):
         certify(model, x, y[:2])
-    with refusal("certify: method='matrix_free' is not available yet; use 'auto' or 'exact'"):
-        certify(model, x, y, method="matrix_free")
     with refusal("1: BatchNorm without running statistics couples the samples; certify with batch_norm='train'"):
         certify(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)), x, y)
 
@@ -587,14 +585,48 @@ def refusal_at_stage(name):
     return pytest.raises(UserError, match=rf"^certificate: (stage|the error signal before stage) '{name}' is not finite at sample 0")
 
 
-def test_a_jacobian_too_large_to_write_out_is_refused(monkeypatch):
-    conv = seeded(nn.Conv2d(1, 1, 3, padding=1))
-    head = nn.Sequential(nn.Flatten(), nn.Linear(150 * 150, 3))
-    with refusal("certificate: stage '0' has 2 Jacobians of 22500×22500, 7.5 GiB; give fewer samples or smaller inputs"):
-        certify(nn.Sequential(conv, head), torch.zeros(2, 1, 150, 150), LABELS[:2])
+def test_a_jacobian_too_large_to_write_out_is_refused_where_it_is_asked_for(monkeypatch):
     model, x = dense(4, 3, 3), normal(3, 4)
     monkeypatch.setattr(certificate, "MEMORY_BYTES", 3 * 3 * 4 * 8)
-    certify(model, x, LABELS)
+    certify(model, x, LABELS, method="exact")
     monkeypatch.setattr(certificate, "MEMORY_BYTES", 3 * 3 * 4 * 8 - 1)
-    with refusal("certificate: stage '0' has 3 Jacobians of 3×4, 0.0 GiB; give fewer samples or smaller inputs"):
-        certify(model, x, LABELS)
+    with refusal("certificate: stage '0' has 3 Jacobians of 3×4, 0.0 GiB; give fewer samples or smaller inputs, or method='auto'"):
+        certify(model, x, LABELS, method="exact")
+    methods = certify(model, x, LABELS).layers.groupby("stage")["method"].unique()
+    assert (methods["0"].tolist(), methods["1"].tolist()) == (["enclosed"], ["exact"])
+
+
+def test_a_decomposition_of_minutes_is_left_to_products_with_vectors(monkeypatch):
+    model, x = dense(4, 3, 3), normal(3, 4)
+    monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3)
+    assert set(certify(model, x, LABELS).layers["method"]) == {"exact"}
+    monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3 - 1)
+    assert set(certify(model, x, LABELS).layers.query("stage == '0'")["method"]) == {"enclosed"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_without_writing_out_the_norms_are_the_same_and_the_rest_is_enclosed(name):
+    model, x, y = small(name), normal(3, 1, 4, 4), LABELS
+    exact, free = certify(model, x, y, method="exact"), certify(model, x, y, method="matrix_free")
+    pd.testing.assert_series_equal(free.layers["norm"], exact.layers["norm"], rtol=1e-9)
+    assert (free.layers["norm_hi"] >= exact.layers["norm"] * (1 - 1e-12)).all()
+    assert (free.layers["rank_lo"] <= exact.layers["rank"]).all()
+    assert (free.layers["rank_hi"] >= exact.layers["rank"]).all()
+    known = free.layers["cond"].notna()
+    assert (exact.layers["cond"][known] == math.inf).all()
+    assert (exact.layers["sigma_min"][known] < 1e-12).all()
+    for column in ("error_norm", "grad_norm", "saturation"):
+        pd.testing.assert_series_equal(free.layers[column], exact.layers[column])
+    torch.testing.assert_close(free.log_attenuation, exact.log_attenuation, rtol=0, atol=1e-8)
+    assert (free.rank >= exact.rank).all()
+    assert math.isnan(free.tolerance)
+    assert "K_back on 3 samples" in str(free)
+
+
+def test_a_condition_number_that_is_not_known_leaves_the_largest_unknown_unless_one_is_infinite():
+    x, y = normal(3, 1, 4, 4), LABELS
+    assert certify(small("dense"), x, y, method="matrix_free").conditioning.isnan().all()
+    dead = seeded(nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), nn.Sequential(nn.Linear(5, 4), nn.ReLU()), nn.Linear(4, 3)))
+    with torch.no_grad():
+        dead[1][0].bias[0] = -100.0
+    assert (certify(dead, x, y, method="matrix_free").conditioning == torch.inf).all()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.spectrum import Spectrum, spectrum
+from src.spectrum import Spectrum, gram_spectrum, spectrum
 from tests.jacobian import naive
 
 few = settings(max_examples=20, deadline=None)
@@ -136,3 +136,19 @@ def test_another_tolerance_gives_another_rank():
     s = diagonal(1.0, 1e-3)
     assert int(s.rank) == 2
     assert int(Spectrum(s.values, torch.tensor(1e-2, dtype=torch.float64)).rank) == 1
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [1.0, 1e-3, 1e-6], [1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
+def test_singular_values_from_a_gram_matrix(values):
+    """Resolved down to √(nε) of the largest: 1e-6 is seen in float64, 1e-9 is not."""
+    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64))[0] for n in (3, 7))
+    A = U @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ V[:3]
+    found = gram_spectrum(A @ A.T)
+    torch.testing.assert_close(found.values, spectrum(A).values, rtol=1e-3, atol=float(found.tolerance))
+    assert int(found.rank) == int(spectrum(A).rank) == sum(value > 0 for value in values)
+    assert float(found.tolerance) == pytest.approx(math.sqrt(3 * 2.0**-52) * max(values))
+
+
+def test_a_gram_matrix_does_not_tell_small_singular_values_from_rounding():
+    A = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
+    assert (int(gram_spectrum(A @ A.T).rank), int(spectrum(A).rank)) == (1, 2)

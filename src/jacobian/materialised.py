@@ -11,8 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from src.jacobian.golub_kahan import largest
+from src.seeds import generator
+
 # covectors pulled back at once are held to about this much memory
 CHUNK_BYTES = 2**28
+# rows beyond which PPᵀ is not written out
+WRITTEN_OUT = 2_048
 
 
 def transpose(function: Callable[[Any], Any], point: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -46,8 +51,8 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
     """The norm of the parameter Jacobian P = ∂f(x; θ)/∂θ of every sample: ‖P‖ = √λ_max(PPᵀ).
 
     Where all parameters are those of one dense layer Wh + b, P has the blocks ∂f/∂b and ∂f/∂b ⊗ hᵀ, so that
-    ‖P‖ = √(‖h‖²+1) ‖∂f/∂b‖. Elsewhere PPᵀ (m×m) is made column by column, PPᵀeᵢ, by a pass backwards and its transpose;
-    P (m×|θ|) is never formed.
+    ‖P‖ = √(‖h‖²+1) ‖∂f/∂b‖. Elsewhere PPᵀ (m×m) is made column by column, PPᵀeᵢ, by a pass backwards and its transpose, or where
+    it is large only multiplied by vectors; P (m×|θ|) is never formed.
 
     Args:
         stage: f, acting on each sample alone; without parameters the norm is 0.
@@ -58,14 +63,14 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
     parameters: dict[str, Tensor] = dict(stage.named_parameters())
     if not parameters:
         return inputs.new_zeros(len(inputs))
-    hidden = _dense_input(stage, inputs) if len(parameters) == 2 else None
+    hidden = dense_input(stage, inputs) if len(parameters) == 2 else None
     if hidden is not None:
         bias = next(name for name in parameters if name.endswith("bias"))
         return hidden.square().sum(1).add(1).sqrt() * torch.linalg.svdvals(_jacobian_in(stage, bias, inputs))[:, 0]
-    return torch.stack([torch.linalg.eigvalsh(_gram(stage, parameters, sample))[-1].clamp(min=0).sqrt() for sample in inputs.split(1)])
+    return torch.cat([_parameter_norm(stage, parameters, sample) for sample in inputs.split(1)])
 
 
-def _dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"] | None:
+def dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"] | None:
     """The inputs h of a stage's only dense layer with a bias; None unless there is one, called once, on a vector a sample."""
     calls: list[Tensor] = []
     # neither a subclass nor a reparametrised layer, whose output need not be Wh + b in its own parameters
@@ -90,17 +95,22 @@ def _jacobian_in(stage: nn.Module, name: str, inputs: Float[Tensor, "n ..."]) ->
     return vmap(rows)(inputs)
 
 
-def _gram(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, "m m"]:
-    """PPᵀ of one sample."""
+def _parameter_norm(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, " 1"]:
+    """‖P‖ of one sample."""
     outputs, pull_back = transpose(lambda parameters: functional_call(stage, parameters, (sample,)).flatten(), parameters)
     # P is the transpose of the linear map u ↦ uᵀP; forward mode would compile decompositions first
     _, push_forward = transpose(pull_back, torch.zeros_like(outputs))
 
-    def column(covector: Tensor) -> Tensor:
+    def gram(covector: Tensor) -> Tensor:
         return push_forward(pull_back(covector))
 
+    m = len(outputs)
+    if m > WRITTEN_OUT:
+        start = torch.randn(1, m, generator=generator(0, "parameter Jacobian"), dtype=outputs.dtype).to(outputs.device)
+        return largest(lambda u: gram(u[0])[None], lambda u: gram(u[0])[None], start).value.sqrt()
     size = sum(parameter.numel() for parameter in parameters.values())
-    return vmap(column, chunk_size=_chunk(size, sample.dtype))(torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
+    columns = vmap(gram, chunk_size=_chunk(size, sample.dtype))(torch.eye(m, dtype=outputs.dtype, device=outputs.device))
+    return torch.linalg.eigvalsh(columns)[-1:].clamp(min=0).sqrt()
 
 
 def parameter_gradients(

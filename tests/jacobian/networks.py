@@ -65,6 +65,11 @@ def small(name):
     return seeded(nn.Sequential(*stages[name]))
 
 
+def as_double(network):
+    """The network as it is measured."""
+    return network.double().eval().requires_grad_(False)
+
+
 SMALL = ["dense", "without bias", "conv", "residual", "layer norm", "batch norm"]
 
 

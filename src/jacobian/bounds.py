@@ -1,0 +1,195 @@
+"""Rigorous bounds on ‖J‖ and rank J of a stage at a point, read off its graph: no iteration, no randomness.
+
+Every node carries a bound on ‖∂node/∂x‖ and on its rank: layers multiply by their own norms, sums add, concatenations add squares. The
+norm of a convolution is bounded by that of the circular one on a larger grid, of which it is a compression (Sedghi, Gupta & Long 2019,
+"The singular values of convolutional layers", theorem 6).
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from src.jacobian.materialised import transpose
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """‖J‖ ≤ norm and rank J ≤ rank, of every sample; the norm is inf where an operation is unknown."""
+
+    norm: Float[Tensor, " n"]
+    rank: Int[Tensor, " n"]
+
+    def __mul__(self, factor: float | Float[Tensor, " n"]) -> "Bounds":
+        """Behind a map of the given norm."""
+        return Bounds(self.norm * factor, self.rank)
+
+    def __add__(self, other: "Bounds") -> "Bounds":
+        """Of a sum."""
+        return Bounds(self.norm + other.norm, self.rank + other.rank)
+
+    def beside(self, other: "Bounds") -> "Bounds":
+        """Of a concatenation."""
+        return Bounds((self.norm**2 + other.norm**2).sqrt(), self.rank + other.rank)
+
+    def at_most(self, rank: int | Int[Tensor, " n"]) -> "Bounds":
+        """Where the rank can't exceed another number either."""
+        return Bounds(self.norm, self.rank.clamp(max=rank) if isinstance(rank, int) else torch.minimum(self.rank, rank))
+
+
+GRAMS = 6
+POINTWISE = {"relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "hardswish",
+             "hardsigmoid", "softplus", "relu6", "sin", "cos", "exp"}  # fmt: skip
+ADDING = {"add", "add_", "iadd", "sub", "sub_", "isub"}
+REARRANGING = {"flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "getitem", "clone", "dropout"}
+ACTIVATIONS = (
+    nn.Tanh, nn.Sigmoid, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Hardswish,
+    nn.Hardsigmoid,
+)  # fmt: skip
+KEEPING = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad2d,
+)  # fmt: skip
+
+
+def bounds(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Bounds:
+    """Bound ‖J‖ and rank J of a stage at every input.
+
+    Args:
+        stage: f, traceable, in eval mode, acting on each sample alone.
+        inputs: N inputs.
+
+    Returns: the bounds; rank at most that of the support of φ', and of the narrowest tensor that every path passes.
+    """
+    root = nn.Sequential(stage)  # so that a leaf stays one node
+    graph = Tracer().trace(root)
+    walk = _Bounding(GraphModule(root, graph), inputs)
+    with torch.no_grad():
+        walk.run(inputs)
+    output = next(node for node in graph.nodes if node.op == "output")
+    return walk.of[output.name]
+
+
+class _Bounding(Interpreter):
+    """Runs a graph and keeps the bounds of every node that depends on the input."""
+
+    def __init__(self, graph: GraphModule, inputs: Tensor):
+        super().__init__(graph)
+        size = torch.full((len(inputs),), inputs[0].numel(), device=inputs.device)
+        self.start = Bounds(inputs.new_ones(len(inputs)), size)
+        self.of: dict[str, Bounds] = {}  # by the node's name: the graph is copied
+
+    def run_node(self, n: Node) -> Any:
+        sources = [source for source in n.all_input_nodes if source.name in self.of]
+        # taken before it runs, for it may write over what it reads
+        states = [self.env[source].clone() for source in sources]
+        result = super().run_node(n)
+        if n.op == "placeholder":
+            self.of[n.name] = self.start
+        elif n.op == "output":
+            self.of[n.name] = self.of[sources[0].name]
+        elif sources and isinstance(result, Tensor) and result.is_floating_point():
+            self.of[n.name] = self._rule(n, [self.of[source.name] for source in sources], states, result).at_most(result[0].numel())
+        return result
+
+    def _rule(self, n: Node, known: list[Bounds], states: list[Tensor], result: Tensor) -> Bounds:
+        """The bounds of a node from those of what it reads."""
+        if n.op == "call_module":
+            return _behind(self.submodules[str(n.target)], known[0], states[0])
+        name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", "")
+        if name in ADDING:
+            return reduce(operator.add, known)
+        if name == "cat":
+            return reduce(Bounds.beside, known)
+        if len(known) > 1:
+            return known[0] * math.inf
+        if name in POINTWISE:
+            return _pointwise(lambda z: self._at(n, z), known[0], states[0])
+        if name in REARRANGING:
+            return known[0]
+        if name == "mean":
+            return known[0] * math.sqrt(result[0].numel() / states[0][0].numel())
+        return known[0] * math.inf
+
+    def _at(self, n: Node, z: Tensor) -> Any:
+        """The function of a node at another value of what it reads."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        call = self.call_method if n.op == "call_method" else self.call_function
+        return call(n.target, (z, *args[1:]), kwargs)
+
+
+def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> Bounds:
+    """The bounds behind a layer."""
+    if isinstance(module, KEEPING):
+        return known
+    if isinstance(module, ACTIVATIONS):
+        return _pointwise(module.forward, known, state)
+    if isinstance(module, nn.Linear):
+        return known * float(torch.linalg.matrix_norm(module.weight, 2))
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+        return known * circular_norm(module, state.shape[-2:])
+    if isinstance(module, _BatchNorm) and module.running_var is not None:
+        gain = 1.0 if module.weight is None else module.weight.abs()
+        return known * float((gain / (module.running_var + module.eps).sqrt()).max())
+    if isinstance(module, nn.MaxPool2d):
+        return known * math.sqrt(_overlap(module))
+    if isinstance(module, nn.AvgPool2d):
+        return known * math.sqrt(_overlap(module) / math.prod(_pair(module.kernel_size)))
+    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+        return known * (1 / math.sqrt(state[0, 0].numel()))
+    return known * math.inf
+
+
+def _pointwise(phi: Callable[[Tensor], Any], known: Bounds, z: Float[Tensor, "n ..."]) -> Bounds:
+    """Behind φ: the largest |φ'(z)|, and no more rank than units with φ'(z) ≠ 0."""
+    _, pull_back = transpose(lambda z: phi(z.clone()), z)  # φ may write over what it reads
+    slopes = pull_back(torch.ones_like(z)).abs().reshape(len(z), -1)
+    return (known * slopes.amax(1)).at_most((slopes > 0).sum(1))
+
+
+def circular_norm(conv: nn.Conv2d, size: Sequence[int]) -> float:
+    """The norm of a convolution with circular padding on a grid that holds the zero-padded image: above that of the convolution itself.
+
+    σ₁ = max over frequencies of ‖Ŵ(ω)‖, Ŵ the discrete Fourier transform of the kernel. A stride only drops rows.
+
+    Args:
+        conv: any groups, dilation and stride.
+        size: height and width of its input.
+    """
+    reach = [d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.kernel_size, strict=True)]
+    grid = [s + 2 * p + r for s, p, r in zip(size, _pair(conv.padding), reach, strict=True)]
+    kernel = conv.weight.new_zeros(*conv.weight.shape[:2], *grid)
+    kernel[..., : reach[0] + 1 : _pair(conv.dilation)[0], : reach[1] + 1 : _pair(conv.dilation)[1]] = conv.weight
+    spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).unflatten(2, (conv.groups, -1))
+    return float(norm_by_grams(spectrum).max())
+
+
+def norm_by_grams(matrices: Float[Tensor, "*batch m d"] | Complex[Tensor, "*batch m d"]) -> Float[Tensor, "*batch"]:
+    """‖W‖ from above, by matrix products alone: ‖W‖ ≤ ‖(W*W)^(2^(t−1))‖_F^(1/2^t), at most a factor d^(1/2^(t+1)) too large, t = 6.
+
+    Gram iteration (Delattre et al. 2023, "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration", algorithm 1).
+    """
+    log_norm = torch.zeros(matrices.shape[:-2], dtype=matrices.real.dtype, device=matrices.device)
+    for doubling in range(GRAMS + 1):
+        size = torch.linalg.matrix_norm(matrices)
+        matrices = matrices / torch.where(size > 0, size, 1)[..., None, None]
+        log_norm = log_norm + size.log() / 2**doubling
+        if doubling < GRAMS:
+            matrices = matrices.mH @ matrices if matrices.shape[-1] <= matrices.shape[-2] else matrices @ matrices.mH
+    return log_norm.exp()
+
+
+def _overlap(pool: nn.MaxPool2d | nn.AvgPool2d) -> int:
+    """How many windows a pixel lies in at most."""
+    return math.prod(math.ceil(k / s) for k, s in zip(_pair(pool.kernel_size), _pair(pool.stride), strict=True))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,96 @@
+"""The largest singular values of matrices that are known by their products alone, by Golub–Kahan–Lanczos bidiagonalisation.
+
+Golub & Kahan 1965, "Calculating the singular values and pseudo-inverse of a matrix"; the probability that a random start is unlucky
+after Kuczyński & Woźniakowski 1992, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a random start",
+theorem 4.1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Largest:
+    """σ₁ of N matrices from below, and what is known of it from above.
+
+    Attributes:
+        value: the largest Ritz value θ = ‖Jv‖ of a unit v: σ₁ ≥ θ.
+        vector: that v; a start for a matrix that has changed a little.
+        residual: ‖Jᵀu − θv‖ of the Ritz pair: some singular value lies within it of θ.
+        steps: products with J, and as many with Jᵀ.
+    """
+
+    value: Float[Tensor, " n"]
+    vector: Float[Tensor, "n d"]
+    residual: Float[Tensor, " n"]
+    steps: int
+
+    def upper(self, risk: float) -> Float[Tensor, " n"]:
+        """θ/√(1−ε): above σ₁ with probability 1 − risk over the random start, where 1.648·√d·exp(−√ε(2k−1)) = risk.
+
+        Returns: inf where the steps are too few to tell.
+        """
+        root = math.log(1.648 * math.sqrt(self.vector.shape[1]) / risk) / (2 * self.steps - 1)
+        return self.value / math.sqrt(1 - root**2) if root < 1 else torch.full_like(self.value, torch.inf)
+
+
+def steps_for(slack: float, risk: float, columns: int) -> int:
+    """The fewest steps after which `upper(risk)` is at most 1 + slack times θ."""
+    root = math.sqrt(1 - 1 / (1 + slack) ** 2)
+    return math.ceil((math.log(1.648 * math.sqrt(columns) / risk) / root + 1) / 2)
+
+
+def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance: float = 1e-7, least: int = 1, most: int = 300) -> Largest:
+    """σ₁ of N matrices J of m×d at once.
+
+    J V = U B and Jᵀ U = V Bᵀ + β v eᵀ with B upper bidiagonal; stops when β·|eᵀp|, p the left singular vector of B, is below
+    tolerance·θ for every matrix. The bases are not reorthogonalised: copies of converged values come, σ₁ stays.
+
+    Args:
+        push: u = Jv, [n, d] to [n, m].
+        pull: v = Jᵀu, [n, m] to [n, d].
+        start: v₁, random; any length above 0.
+        tolerance: the relative residual at which a matrix has converged.
+        least: steps before which it does not stop.
+        most: steps after which it stops all the same.
+
+    Returns: values, vectors and residuals; zeros for a zero matrix.
+    """
+    v = _unit(start)[0]
+    u, alpha = _unit(push(v))
+    alphas, basis = [alpha], [v]
+    betas: list[Tensor] = []
+    while True:
+        r, beta = _unit(pull(u) - alpha[:, None] * v)
+        p, theta, q = _ritz(alphas, betas)
+        residual = beta * p[:, -1].abs()
+        converged = len(alphas) >= least and bool((residual <= tolerance * theta).all())
+        if converged or len(alphas) >= most:
+            return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, len(alphas))
+        betas.append(beta)
+        v = r
+        basis.append(v)
+        u, alpha = _unit(push(v) - beta[:, None] * u)
+        alphas.append(alpha)
+
+
+def _unit(vectors: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+    """Vectors of length 1, zero ones as they are, and their lengths."""
+    length = vectors.norm(dim=1)
+    return vectors / torch.where(length > 0, length, 1)[:, None], length
+
+
+def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"], Float[Tensor, "n k"]]:
+    """The largest singular triple of every bidiagonal B."""
+    B = torch.diag_embed(torch.stack(alphas, 1))
+    if betas:
+        B = B + torch.diag_embed(torch.stack(betas, 1), 1)
+    P, values, Qh = torch.linalg.svd(B.cpu())
+    return P[..., 0].to(B), values[..., 0].to(B), Qh[..., 0, :].to(B)

@@ -1,0 +1,88 @@
+"""Normalisations as one operator on the batch: their Jacobians, their norms inside a network, and the growth of gradients behind them.
+
+N values of each of G groups are normalised together: a group is a channel for BatchNorm, a sample for LayerNorm.
+"""
+
+import math
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from src.chain import Chain, cut
+from src.jacobian.materialised import layer_jacobian
+
+
+def normalisation_jacobian(norm: nn.BatchNorm1d | nn.LayerNorm, values: Float[Tensor, "g n"]) -> Float[Tensor, "g n g n"]:
+    """The Jacobian of a train-mode normalisation as one operator on the batch, by a pass backwards.
+
+    Args:
+        norm: BatchNorm of G channels, or LayerNorm of N units.
+        values: what is normalised, a row a group.
+    """
+    across = isinstance(norm, nn.BatchNorm1d)
+    batch = values.T if across else values
+    stage = cut(nn.Sequential(norm), None, values.dtype, "train").stages[0]
+    J = layer_jacobian(stage, batch.unsqueeze(0)).reshape(*batch.shape, *batch.shape)
+    return J.permute(1, 0, 3, 2) if across else J
+
+
+def closed_form(values: Float[Tensor, "g n"], gains: Float[Tensor, " g"], eps: float) -> Float[Tensor, "g n n"]:
+    """The Jacobian of each group, (γ/σ)(I − 11ᵀ/N − x̂x̂ᵀ/N) with σ² = var + ε (Ioffe & Szegedy 2015, section 3, as one matrix).
+
+    Its norm is |γ|/σ for N ≥ 3. It annihilates 1, and x̂ but for the share ε/σ².
+    """
+    n = values.shape[1]
+    sigma = deviation(values, eps)
+    normalised = (values - values.mean(1, keepdim=True)) / sigma.unsqueeze(1)
+    identity = torch.eye(n, dtype=values.dtype, device=values.device)
+    return (gains / sigma).reshape(-1, 1, 1) * (identity - 1 / n - normalised.unsqueeze(2) * normalised.unsqueeze(1) / n)
+
+
+def deviation(values: Float[Tensor, "g n"], eps: float) -> Float[Tensor, " g"]:
+    """√(var + ε) of each group."""
+    return (values.var(1, correction=0) + eps).sqrt()
+
+
+def normalisation_norms(chain: Chain, inputs: Float[Tensor, "n ..."]) -> list[float]:
+    """‖J‖ of every BatchNorm1d and LayerNorm in a chain on the batch, first to last.
+
+    It is max_c |γ_c|/σ_c for BatchNorm, and max|γ|/min_n σ_n for LayerNorm: exact where all γ are equal, a bound elsewhere.
+
+    Args:
+        chain: as cut with batch_norm="train".
+        inputs: the batch.
+    """
+    found: list[float] = []
+
+    def record(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        across = isinstance(norm, nn.BatchNorm1d)
+        sigma = deviation(arguments[0].T if across else arguments[0], cast(float, norm.eps))
+        gains = cast(Tensor, norm.weight).abs()
+        found.append(float((gains / sigma).max() if across else gains.max() / sigma.min()))
+
+    norms = [module for stage in chain.stages for module in stage.modules() if isinstance(module, nn.BatchNorm1d | nn.LayerNorm)]
+    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
+    chain.states(inputs.unsqueeze(0))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def batch_norm_growth(batch: float) -> float:
+    """Growth of ‖g‖² a layer through BatchNorm over N images and ReLU in a wide deep net: ((N−1+J₀)/(1−J₁) − 1)/(N−3).
+
+    J₀(c) = (π − arccos c)/π and J₁(c) = (√(1−c²) + (π − arccos c)c)/π are the arc-cosine kernels (Cho & Saul 2009) at c = −1/(N−1), the
+    correlation of the entries of a random direction across 1; 1/(N−3) is the mean of 1/χ² at N−1 degrees of freedom. The mean field of
+    Yang et al. 2019, in which the images of a deep batch are equally correlated.
+
+    Args:
+        batch: N > 3; π/(π−1) as N → ∞.
+    """
+    if batch == math.inf:
+        return math.pi / (math.pi - 1)
+    c = -1 / (batch - 1)
+    J0 = (math.pi - math.acos(c)) / math.pi
+    J1 = math.sqrt(1 - c**2) / math.pi + J0 * c
+    return ((batch - 1 + J0) / (1 - J1) - 1) / (batch - 3)

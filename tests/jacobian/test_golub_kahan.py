@@ -1,0 +1,77 @@
+"""σ₁ from products alone, against LAPACK."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.jacobian.golub_kahan import Largest, largest, steps_for
+from tests.jacobian.networks import normal
+
+
+def of(matrices, start=None, **options):
+    push, pull = (lambda v: (matrices @ v[..., None])[..., 0]), (lambda u: (u[:, None] @ matrices)[:, 0])
+    start = normal(len(matrices), matrices.shape[2], seed=9).to(matrices.dtype) if start is None else start
+    return largest(push, pull, start, **options)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=60)
+def test_the_largest_singular_value_of_every_matrix(n, m, d, seed):
+    J = normal(n, m, d, seed=seed).double()
+    found = of(J)
+    torch.testing.assert_close(found.value, torch.linalg.svdvals(J)[:, 0], rtol=1e-10, atol=0)
+    # the Ritz pair is what it says: a unit vector that J stretches by θ, at most σ₁
+    torch.testing.assert_close((J @ found.vector[..., None]).norm(dim=(1, 2)), found.value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.vector.norm(dim=1), torch.ones(n).double(), rtol=1e-9, atol=0)
+
+
+def test_some_singular_value_lies_within_the_residual_of_a_value_that_has_not_converged():
+    J = torch.diag_embed(torch.linspace(1, 2, 60).double().expand(2, 60))
+    for most in (1, 2, 5, 10):
+        found = of(J, most=most)
+        assert found.steps == most
+        distance = (torch.linalg.svdvals(J) - found.value[:, None]).abs().amin(1)
+        assert (distance <= found.residual * (1 + 1e-9)).all()
+        assert (found.value <= 2).all()
+    assert (of(J, most=1).value < 1.9).all()
+
+
+def test_a_zero_matrix_among_others_has_norm_zero():
+    J = normal(3, 4, 5).double()
+    J[1] = 0
+    found = of(J)
+    assert found.value[1] == 0
+    torch.testing.assert_close(found.value, torch.linalg.svdvals(J)[:, 0])
+
+
+def test_single_precision_stays_so():
+    found = of(normal(2, 20, 30), tolerance=1e-4)
+    assert found.value.dtype == torch.float32
+    torch.testing.assert_close(found.value, torch.linalg.svdvals(normal(2, 20, 30))[:, 0], rtol=1e-5, atol=0)
+
+
+def test_a_start_near_the_answer_takes_fewer_steps():
+    J = normal(2, 80, 80).double()
+    cold = of(J, tolerance=1e-4)
+    warm = of(J * 1.01, start=cold.vector, tolerance=1e-4)
+    assert warm.steps < cold.steps / 2
+
+
+def test_the_upper_side_holds_for_all_but_unlucky_starts():
+    J = normal(1, 50, 50).double().expand(200, 50, 50)
+    sigma = float(torch.linalg.svdvals(J[0])[0])
+    found = of(J, most=10)
+    assert (found.value < sigma).all()
+    assert (found.upper(0.05) >= sigma).double().mean() >= 0.95
+    assert (found.upper(1e-6) > found.upper(0.05)).all()
+    root = math.log(1.648 * math.sqrt(50) / 0.05) / 19
+    assert found.upper(0.05)[0] == pytest.approx(float(found.value[0]) / math.sqrt(1 - root**2))
+    least = steps_for(0.1, 0.05, 50)
+    below, enough = (Largest(found.value, found.vector, found.residual, steps).upper(0.05) / found.value for steps in (least - 1, least))
+    assert (enough <= 1.1).all()
+    assert (below > 1.1).all()
+    assert of(J, least=least).steps >= least
+    assert Largest(found.value, found.vector, found.residual, 1).upper(0.05).isinf().all()
