@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Depths = Annotated[list[Depth], Field(min_length=1)]
 Variances = Annotated[list[NonNegative], Field(min_length=1)]
+Counts = Annotated[list[Count], Field(min_length=1)]
 Activation = Literal["tanh", "sigmoid", "relu", "linear"]
 Norm = Literal["none", "batch", "layer"]
 Skip = Literal["none", "original", "preactivation"]
@@ -158,6 +159,30 @@ class Grid:
     train_depths: Depths = UNSET
     train_width: Count = UNSET
     train_weight_vars: Variances = UNSET
+    widths: Counts = UNSET  # units of a hidden layer
+    batch_sizes: Counts = UNSET  # images that a batch gradient is taken over
+    activations: Annotated[list[Activation], Field(min_length=1)] = UNSET
+    train_batch_sizes: Counts = UNSET  # of the trainings compared
+    conv_width: Count = UNSET  # channels of the convolutional nets whose Jacobians are written out
+    product_width: Count = UNSET  # units of the deep nets whose product of Jacobians is followed
+    exit_weights: Variances = UNSET  # α_l of the auxiliary losses
+    exit_spacings: Counts = UNSET  # k: an exit at every k-th stage
+    conv_widths: list[Count] = UNSET  # channels of the convolutional nets; none where they are not trained
+    gains: Variances = UNSET  # σw² in units of its critical value, at which χ = 1
+    bias_vars: Variances = UNSET  # σb²
+    long_depths: Depths = UNSET  # of the networks whose long training is followed step by step
+    long_width: Count = UNSET
+    long_seeds: Count = UNSET
+    long_steps: Count = UNSET
+    long_lr: Positive = UNSET
+    block_sizes: Counts = UNSET  # stages of a block that is trained by a loss of its own
+    auxiliary_layers: Counts = UNSET  # hidden layers of an auxiliary classifier
+    published_widths: list[Count] = UNSET  # units of the nets trained to a published accuracy; none where they are not trained
+    published_epochs: Count = UNSET
+    locked_decades: Positive = UNSET  # from which on a chain counts as locked
+    places: Depths = UNSET  # l of the layer that is the bottleneck
+    bottleneck_ranks: Counts = UNSET  # of that layer
+    code_widths: Counts = UNSET  # units of the code
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -99,3 +99,7 @@ def critical_weight_var(activation: Activation, bias_var: float) -> float:
     while chi(activation, high, bias_var) < 1:
         high *= 2
     return float(brentq(lambda weight_var: chi(activation, weight_var, bias_var) - 1, low, high))
+
+
+# σw² at which χ = 1 without biases: at q* = 0 for tanh (Poole et al. 2016), at every q for the homogeneous activations
+CRITICAL_WEIGHT_VAR: dict[Activation, float] = {"linear": 1.0, "tanh": 1.0, "relu": 2.0}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from src.mean_field import (
+    CRITICAL_WEIGHT_VAR,
     chi,
     chi_profile,
     critical_weight_var,
@@ -146,3 +147,9 @@ def test_chi_profile_starts_at_the_given_variance_and_settles_at_chi():
     assert profile[0] == pytest.approx(2.5 * 0.25595, abs=2e-5)
     assert profile[1] == pytest.approx(2.5 * mean_square_derivative("tanh", variance_map(4.0, "tanh", 2.5, 0.05)))
     assert profile[-1] == pytest.approx(chi("tanh", 2.5, 0.05))
+
+
+@pytest.mark.parametrize("activation", CRITICAL_WEIGHT_VAR)
+def test_the_critical_weight_variance_without_biases(activation):
+    """σw² E[φ'(√q z)²] = 1 at q = 0."""
+    assert CRITICAL_WEIGHT_VAR[activation] * mean_square_derivative(activation, 0.0) == pytest.approx(1, rel=1e-12)

@@ -70,7 +70,7 @@ def normalisation_norms(chain: Chain, inputs: Float[Tensor, "n ..."]) -> list[fl
     return found
 
 
-def batch_norm_growth(batch: float) -> float:
+def batch_norm_growth(batch: float | int) -> float:
     """Growth of ‖g‖² a layer through BatchNorm over N images and ReLU in a wide deep net: ((N−1+J₀)/(1−J₁) − 1)/(N−3).
 
     J₀(c) = (π − arccos c)/π and J₁(c) = (√(1−c²) + (π − arccos c)c)/π are the arc-cosine kernels (Cho & Saul 2009) at c = −1/(N−1), the

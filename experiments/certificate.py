@@ -1,0 +1,307 @@
+"""Step 10, the certificate: what K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth) says of how well a network will train.
+
+A zoo of random networks, family × depth × gain × activation × normalisation × width. Each is certified at initialisation, sample by
+sample, every entry with its enclosure, and then trained for one budget. Spearman's ρ over the zoo between an entry and the accuracy
+reached tells whether the entry predicts; beside K_back stand the gradient's own end-to-end ratio, χ, the severity and the lock condition.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from src.certificate import Certificate, certify
+from src.chain import cut
+from src.config import Config, Criterion, ModelConfig, Skip, require
+from src.data.load import Data
+from src.experiment import Context, network_columns
+from src.jacobian.materialised import layer_jacobian
+from src.locking import log_rms
+from src.mean_field import critical_weight_var
+from src.plan import Work
+from src.prediction import association, association_gain, predict_left_out
+from src.rows import pick
+from src.statistics import Estimate, greatest, least
+from src.training.loop import planned_steps
+from src.verdict import Verdict, cell, judge_forms
+
+Row = dict[str, Any]
+
+QUANTITIES = {
+    "log_attenuation": "Σ_l ln ‖J_l‖, nats; enclosed by the backward error of each SVD",
+    "rank": "min_l rank J_l; enclosed by counting σ above twice the tolerance and above 0",
+    "conditioning": "max_l cond J_l, inf where a J_l is rank-deficient; enclosed by the backward error of each SVD",
+    "skip_depth": "the fewest weight layers between the loss and the first stage; exact, from the graph",
+    "path_depth": "the most weight layers between the loss and the first stage; exact, from the graph",
+    "relative_rank": "min_l rank J_l / min(m, d) of J_l's m×d entries, median over samples",
+    "gradient_ratio": "ln ‖g_1‖/‖g_L‖, each the root mean square over samples, nats",
+    "chi": "½ Σ_{l≥2} ln of the mean squared singular value of J_l over samples, nats",
+    "severity": "λ = 1 − σ_min/σ_max of the rows g_lᵀJ_l, mean over stages; estimated from the samples",
+    "severity_nonzero": "the same over the nonzero singular values",
+    "locked": "share of stages that meet the lock condition; estimated from the samples",
+    "tolerance": "the largest τ = max(m, d)·ε·σ₁ used for a rank",
+    "enclosure_error": "greatest difference of the certificate's σ from extended precision, over the error granted, stages of one sample",
+    "slack_as_stated": "ln of ∏_l ‖J_l‖·‖g_L‖ minus ln ‖∇θ_1‖ of one sample, the product over all stages, nats",
+    "slack": "ln of ‖P_1‖ ∏_{l≥2}‖J_l‖·‖g_L‖ minus ln ‖∇θ_1‖ of one sample, nats",
+    "accuracy": "share of test images told right after the budget; 1/classes where the training diverged",
+    "diverged": "1 where the training diverged, else 0",
+}
+KINDS: dict[Skip, str] = {"none": "plain", "original": "original residual", "preactivation": "pre-activation"}
+CONVOLUTIONAL = "convolutional"
+CONVOLUTIONS: tuple[tuple[str, Skip], ...] = (("vgg", "none"), ("cifar", "none"), ("cifar", "original"), ("cifar", "preactivation"))
+ENDS = ("value", "lo", "hi")  # an entry and the ends of its enclosure
+NETWORK = ["kind", "family", "skip", "activation", "norm", "weight_var", "depth", "width"]
+
+
+def _more(values: pd.Series) -> pd.Series:
+    return values
+
+
+def _less(values: pd.Series) -> pd.Series:
+    return -values
+
+
+def _nearer_zero(values: pd.Series) -> pd.Series:
+    return -values.abs()
+
+
+# each entry and rival, read so that more of it means less locked
+READINGS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
+    "attenuation": ("log_attenuation", _more),
+    "rank": ("rank", _more),
+    "conditioning": ("conditioning", _less),
+    "skip_depth": ("skip_depth", _less),
+    "attenuation_either_way": ("log_attenuation", _nearer_zero),
+    "relative_rank": ("relative_rank", _more),
+    "severity": ("severity", _less),
+    "severity_nonzero": ("severity_nonzero", _less),
+    "lock_condition": ("locked", _less),
+    "gradient_ratio": ("gradient_ratio", _nearer_zero),
+    "chi": ("chi", _nearer_zero),
+    "path_depth": ("path_depth", _less),
+}
+ENTRIES = ("attenuation", "rank", "conditioning", "skip_depth")
+# K_back's numbers alone: the product may be read either way
+K_BACK = (*ENTRIES, "attenuation_either_way")
+
+
+def check(config: Config, data: Data) -> None:
+    """Refuse a grid that this experiment can't measure.
+
+    Raises: UserError naming the key.
+    """
+    grid = config.grid
+    require(all(depth >= 4 and depth % 2 == 0 for depth in grid.depths), "grid.depths: 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
+    require(min(grid.gains) > 0, "grid.gains: above 0, in units of the critical σw²")
+    require(min(grid.widths) >= 2, "grid.widths: at least 2 units: a single one has no order of singular values")
+    require(2 <= grid.samples <= len(data.test), f"grid.samples: 2 to {len(data.test)}, the test images")
+    require(2 <= grid.calibration <= len(data.train), f"grid.calibration: 2 to {len(data.train)}, the training images")
+
+
+def plan(context: Context) -> list[Work]:
+    """What is certified and trained."""
+    steps = planned_steps(context.config.training, len(context.data.train))
+    return [Work(model, context.config.grid.seeds, steps, certified=True) for model in zoo(context.config)]
+
+
+def zoo(config: Config) -> list[ModelConfig]:
+    """The architectures: every gain at the greatest width, and at gain 1 both normalisations and the other widths."""
+    grid, widest = config.grid, max(config.grid.widths)
+    gains: list[Row] = [{"norm": "none", "gain": gain, "width": widest} for gain in grid.gains]
+    norms: list[Row] = [{"norm": norm, "gain": 1.0, "width": widest} for norm in ("batch", "layer")]
+    narrow: list[Row] = [{"norm": "none", "gain": 1.0, "width": width} for width in grid.widths if width < widest]
+    shapes = [({"family": "mlp" if skip == "none" else "residual_mlp", "skip": skip}, depth) for skip in KINDS for depth in grid.depths]
+    dense = [{**shape, "depth": depth, **setting} for shape, depth in shapes for setting in [*gains, *norms, *narrow]]
+    convolutional = [
+        {"family": family, "skip": skip, "depth": 8, **setting, "width": width}
+        for family, skip in CONVOLUTIONS
+        for width in grid.conv_widths
+        for setting in [*gains, norms[0]]
+    ]
+    critical = {activation: critical_weight_var(activation, config.model.bias_var) for activation in grid.activations}
+    models = []
+    for net in [*dense, *convolutional]:
+        shape = {key: value for key, value in net.items() if key != "gain"}
+        models += [replace(config.model, activation=phi, weight_var=net["gain"] * critical[phi], **shape) for phi in grid.activations]
+    return models
+
+
+def kind(model: ModelConfig) -> str:
+    """The family that is left out as one."""
+    return KINDS[model.skip] if model.family in ("mlp", "residual_mlp") else CONVOLUTIONAL
+
+
+def measure(context: Context) -> pd.DataFrame:
+    """Certify and train every network of the zoo; one row a measurement."""
+    return pd.DataFrame(list(_networks(context)))
+
+
+def _networks(context: Context) -> Iterator[Row]:
+    config, grid = context.config, context.config.grid
+    inputs, targets = context.samples(context.data.test, grid.samples)
+    models = zoo(config)
+    shown = {kind(model): model for model in models}
+    for model in context.progress(models, "zoo"):
+        for seed in range(grid.seeds):
+            network, name = context.calibrated(model, seed), describe(model, seed)
+            certificate = certify(network, inputs, targets)
+            where = {"kind": kind(model), **network_columns(model, seed)}
+            if seed == 0 and model is shown[kind(model)]:
+                context.tracker.certificate(name, certificate)
+            measured = dict(_of_batch(certificate))
+            if model.depth == min(grid.depths) and kind(model) != CONVOLUTIONAL:
+                measured["enclosure_error"] = enclosure_error(network, inputs, certificate)
+            outcome = context.train(network, name, seed)
+            diverged = outcome.metrics()["diverged"]
+            measured["accuracy"] = 1 / context.data.classes if diverged else outcome.metrics()["test_accuracy"]
+            measured["diverged"] = diverged
+            yield from ({**row, **where} for row in _of_samples(certificate))
+            yield from ({"quantity": quantity, "value": value, "of": "batch", **where} for quantity, value in measured.items())
+
+
+def describe(model: ModelConfig, seed: int) -> str:
+    """What tells a network of the zoo from the others, for its curves."""
+    return (
+        f"{kind(model)} {model.family} {model.activation}, {model.norm}, {model.weight_var:.3g}, {model.depth}×{model.width}, seed {seed}"
+    )
+
+
+def entries(certificate: Certificate) -> pd.DataFrame:
+    """The measured entries of K_back with the enclosure of each, from the enclosures of the stages.
+
+    Returns: a row a sample and entry: quantity, sample, value, lo, hi.
+    """
+    layers = certificate.layers
+    error = layers["norm_hi"] - layers["norm"]
+    smallest = (layers["sigma_min"] - error).clip(lower=0)
+    with np.errstate(divide="ignore"):
+        stages = pd.DataFrame(
+            {
+                "sample": layers["sample"],
+                "log_lo": np.log(layers["norm_lo"]),
+                "log_hi": np.log(layers["norm_hi"]),
+                "rank_lo": layers["rank_lo"],
+                "rank_hi": layers["rank_hi"],
+                "cond_lo": layers["norm_lo"] / (layers["sigma_min"] + error),
+                "cond_hi": np.where(smallest > 0, layers["norm_hi"] / smallest, np.inf),
+            }
+        ).groupby("sample")
+    values = {
+        "log_attenuation": (certificate.log_attenuation, stages["log_lo"].sum(), stages["log_hi"].sum()),
+        "rank": (certificate.rank, stages["rank_lo"].min(), stages["rank_hi"].min()),
+        "conditioning": (certificate.conditioning, stages["cond_lo"].max(), stages["cond_hi"].max()),
+    }
+    tables = [
+        pd.DataFrame({"quantity": name, "sample": range(len(value)), "value": value.numpy(), "lo": lo.to_numpy(), "hi": hi.to_numpy()})
+        for name, (value, lo, hi) in values.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _of_samples(certificate: Certificate) -> Iterator[Row]:
+    """K_back of every sample and, for the batch, its median and extremes; both forms of the product bound."""
+    found = entries(certificate)
+    for row in found.to_dict("records"):
+        at = {"quantity": row["quantity"], "sample": row["sample"], "of": "sample", "known": "enclosed"}
+        yield from ({**at, "end": end, "value": row[end]} for end in ENDS)
+    for quantity, samples in found.groupby("quantity", sort=False):
+        for of in ("median", "min", "max"):
+            ends = getattr(np, of)(samples[[*ENDS]].to_numpy(dtype=float), axis=0)
+            at = {"quantity": quantity, "of": of, "known": "enclosed"}
+            yield from ({**at, "end": end, "value": value} for end, value in zip(ENDS, ends, strict=True))
+    for quantity, value in (("skip_depth", certificate.skip_depth), ("path_depth", certificate.depth)):
+        yield {"quantity": quantity, "value": float(value), "of": "batch", "known": "exact", "end": "value"}
+    bound = certificate.bound()
+    stated = certificate.log_attenuation.numpy() + _layer(certificate, -1, "log_error_norm")
+    # 0 ≤ 0 holds with no slack
+    slacks = {"slack_as_stated": np.where(stated == bound["lhs"], 0.0, stated - bound["lhs"]), "slack": bound["slack"]}
+    for quantity, slack in slacks.items():
+        yield from ({"quantity": quantity, "value": value, "sample": sample, "of": "sample"} for sample, value in enumerate(slack))
+
+
+def _of_batch(certificate: Certificate) -> Iterator[tuple[str, float]]:
+    """What is measured beside K_back, a number a network."""
+    full = torch.tensor([values.shape[1] for values in certificate.singular_values])
+    rank = certificate.layers.pivot(index="sample", columns="index", values="rank").to_numpy()
+    yield "relative_rank", float(np.median((rank / full.numpy()).min(axis=1)))
+    first, last = (log_rms(torch.tensor(_layer(certificate, place, "log_error_norm"))) for place in (0, -1))
+    yield "gradient_ratio", first - last
+    mean_square = certificate.layers.groupby("index")["mean_square"].mean()
+    with np.errstate(divide="ignore"):
+        yield "chi", float(np.log(mean_square.iloc[1:]).sum() / 2)
+    yield "severity", float(certificate.severity["lambda"].mean())
+    yield "severity_nonzero", float(certificate.severity["lambda_nonzero"].mean())
+    yield "locked", float(certificate.severity["locked"].mean())
+    yield "tolerance", certificate.tolerance
+
+
+def _layer(certificate: Certificate, place: int, column: str) -> np.ndarray:
+    """A column of the first (0) or last (−1) stage, a value a sample."""
+    return certificate.layers.pivot(index="sample", columns="index", values=column).iloc[:, place].to_numpy()
+
+
+def enclosure_error(network: nn.Sequential, inputs: torch.Tensor, certificate: Certificate) -> float:
+    """How far the certificate's σ of the first sample are from those in extended precision, in units of the error that it grants them."""
+    chain = cut(network, None, torch.float64, "eval")
+    states = chain.states(inputs.double())
+    errors = []
+    for stage, state, values in zip(chain.stages, states[:-1], certificate.singular_values, strict=True):
+        J = layer_jacobian(stage, state)[0].cpu().numpy()
+        error = np.abs(values[0].cpu().numpy() - refined_singular_values(J)).max()
+        granted = max(J.shape) * np.finfo(J.dtype).eps * float(values[0, 0])
+        errors.append(float(error) / granted if error else 0.0)
+    return max(errors)
+
+
+def refined_singular_values(J: np.ndarray) -> np.ndarray:
+    """σ_i = u_iᵀJv_i / (‖u_i‖‖v_i‖) in extended precision: the errors of the vectors enter squared (Ogita & Aishima 2020, section 2)."""
+    U, _, Vt = (part.astype(np.longdouble) for part in np.linalg.svd(J, full_matrices=False))
+    lengths = np.sqrt(np.square(U).sum(0) * np.square(Vt).sum(1))
+    return (U * (J.astype(np.longdouble) @ Vt.T)).sum(0) / lengths
+
+
+def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
+    """Hold every form of the claim against its criterion."""
+    nets = networks(rows)
+    rivals = [(rival, entry) for rival in ("gradient_ratio", "chi") for entry in ("attenuation", "attenuation_either_way")]
+    cells = {
+        **{f"{name}_predicts": pd.DataFrame([cell(association(nets[name], nets["accuracy"]), reading=name)]) for name in READINGS},
+        "better_than_depth": pd.DataFrame([cell(_gain(nets, entry, "path_depth"), entry=entry) for entry in ENTRIES]),
+        "gradient_better": pd.DataFrame([cell(_gain(nets, rival, entry), rival=rival, over=entry) for rival, entry in rivals]),
+        "combination": _left_out(nets, K_BACK),
+        "wider_combination": _left_out(nets, tuple(READINGS)),
+        "gradient_product": _extremes(rows, "slack_as_stated", least),
+        "product_bound": _extremes(rows, "slack", least),
+        "enclosures": _extremes(rows, "enclosure_error", greatest),
+    }
+    return judge_forms("certificate", criteria, cells)
+
+
+def networks(rows: pd.DataFrame) -> pd.DataFrame:
+    """The zoo as a table, a row an architecture: median over samples and seeds of every reading, mean accuracy over seeds."""
+    batch = rows[rows["of"].isin(["batch", "median"]) & ~rows["end"].isin(["lo", "hi"])].groupby([*NETWORK, "quantity"])["value"]
+    values, accuracy = batch.median().unstack(), batch.mean().unstack()["accuracy"]
+    readings = {name: read(values[quantity]) for name, (quantity, read) in READINGS.items()}
+    return pd.DataFrame({**readings, "accuracy": accuracy}).reset_index()
+
+
+def _gain(nets: pd.DataFrame, better: str, worse: str) -> Estimate:
+    return association_gain(nets[better], nets[worse], nets["accuracy"])
+
+
+def _left_out(nets: pd.DataFrame, readings: Sequence[str]) -> pd.DataFrame:
+    """ρ of the accuracy foretold and reached within each kind that was left out, with the readings that foretold it."""
+    foretold = predict_left_out(nets, readings, "accuracy", "kind").groupby("kind")
+    return pd.DataFrame(
+        [cell(association(n["predicted"], n["accuracy"]), left_out=kind, chosen=n["chosen"].iloc[0]) for kind, n in foretold]
+    )
+
+
+def _extremes(rows: pd.DataFrame, quantity: str, extreme: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
+    """The extreme of a quantity over all networks and samples of a kind and normalisation."""
+    keys = ["kind", "norm", "activation"]
+    return pd.DataFrame([cell(extreme(v), **dict(zip(keys, at, strict=True))) for at, v in pick(rows, quantity).groupby(keys)["value"]])

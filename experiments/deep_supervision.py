@@ -1,0 +1,438 @@
+"""Step 8, auxiliary losses: what ℒ = ℒ_L + Σ_l α_l ℒ_l sends to the first layer, and what it does for the chain's own output.
+
+Exits at every k-th stage of random tanh MLPs (Lee et al. 2015): the part of ∇θ_1 that comes straight from the first exit against the
+rest, its size against mean-field theory (Schoenholz et al. 2017) and its angle, at initialisation and along training; two opposite
+heads that cancel exactly; a chain severed above its first exit; accuracy of the chain and of each exit where plain backpropagation
+trains and where it is locked, α, k and a fading α varied.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from src import mean_field
+from src.config import Config, Criterion, ModelConfig, TrainingConfig, require
+from src.data.load import Data
+from src.experiment import Context, network_columns
+from src.models.exits import MultiExit
+from src.plan import Work
+from src.rows import pick
+from src.statistics import least, paired_difference, slope, t_interval
+from src.training.loop import evaluate, planned_steps
+from src.training.objectives import DeepSupervision, exit_losses
+from src.verdict import Verdict, cell, judge_forms
+
+Row = dict[str, Any]
+
+QUANTITIES = {
+    "direct": "ln α‖∇θ_1 ℒ_l‖ of the first exit l, nats",
+    "rest": "ln ‖∇θ_1(ℒ − α ℒ_l)‖ of all other losses, nats",
+    "final": "ln ‖∇θ_1 ℒ_L‖ of the chain's own loss, nats",
+    "total": "ln ‖∇θ_1 ℒ‖ of the whole objective, nats",
+    "cosine": "cosine between the first exit's part of ∇θ_1 and the rest",
+    "early_accuracy": "share of test images told right by the chain after a quarter of the steps",
+    "train_accuracy": "share of training images told right by the chain",
+    "test_accuracy": "share of test images told right by the chain",
+    "exit_accuracy": "share of test images told right by the exit at a layer, or by the chain at its last",
+    "diverged": "1 where the training diverged, else 0",
+}
+CHAIN = ["weight_var", "depth"]
+GRADIENT = ["part", "heads", *CHAIN, "alpha", "every", "when"]
+THEORY = ["activation", "weight_var", "bias_var"]
+SETTING = ["alpha", "every", "schedule", "boost"]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Exits at every `every`-th stage, all with the weight α (constant, or fading linearly to 0), and a factor on the learning rate."""
+
+    alpha: float
+    every: int
+    schedule: Literal["none", "constant", "fading"]
+    boost: float = 1.0
+
+
+PLAIN = Supervision(0.0, 0, "none")
+
+
+def check(config: Config, data: Data) -> None:
+    """Refuse a grid that this experiment can't measure.
+
+    Raises: UserError naming the key.
+    """
+    grid = config.grid
+    require(min(grid.depths) >= 3 and len(set(grid.depths)) >= 2, "grid.depths: at least two, each of at least 3 weight layers")
+    require(min(grid.train_depths) >= 3, "grid.train_depths: each of at least 3 weight layers, a stage between the first exit and the last")
+    require(min(grid.exit_weights) > 0 and max(grid.exit_weights) <= 1, "grid.exit_weights: above 0, at most 1; 0 is always measured too")
+    require(1 in grid.exit_spacings, "grid.exit_spacings: 1 among them, an exit at every stage")
+    require(max(grid.exit_spacings) < max(grid.train_depths), "grid.exit_spacings: each below the largest of grid.train_depths")
+    require(min(grid.weight_vars + grid.train_weight_vars) > 0, "grid.weight_vars, grid.train_weight_vars: σw² above 0")
+    require(grid.samples <= len(data.train), f"grid.samples: at most {len(data.train)}, the training images")
+
+
+def plan(context: Context) -> list[Work]:
+    """What is measured and trained."""
+    config, grid = context.config, context.config.grid
+    steps = planned_steps(config.training, len(context.data.train))
+    return [
+        *(Work(model, grid.seeds) for model in _chains(config, grid.weight_vars, grid.depths)),
+        Work(_severed(config), grid.seeds),
+        Work(_two_stages(config), 2 * grid.train_seeds, steps),
+        *(Work(model, grid.train_seeds, steps) for model, _ in _trained(config)),
+        *(Work(model, grid.train_seeds, steps) for model in _convolutional(config)),
+    ]
+
+
+def measure(context: Context) -> pd.DataFrame:
+    """Measure every part of the claim; one row a measurement."""
+    parts = (_gradients, _severed_chains, _opposed_heads, _trainings, _published)
+    return pd.DataFrame([row for part in parts for row in part(context)])
+
+
+def _chains(config: Config, weight_vars: list[float], depths: list[int]) -> list[ModelConfig]:
+    return [replace(config.model, weight_var=weight_var, depth=depth) for weight_var in weight_vars for depth in depths]
+
+
+def supervise(context: Context, network: nn.Sequential, model: ModelConfig, every: int, seed: int) -> MultiExit:
+    """Put exits at stages k, 2k, … before the last, k = `every`; none where k = 0."""
+    names = [name for name, _ in network.named_children()][:-1]
+    return context.with_exits(network, model, names[every - 1 :: every] if every else [], seed)
+
+
+def objective(network: MultiExit, alpha: float, fading: int | None = None) -> DeepSupervision:
+    """ℒ_L + α Σ_l ℒ_l over all exits."""
+    return DeepSupervision(dict.fromkeys(network.exits, alpha), fading)
+
+
+def gradient_rows(context: Context, network: MultiExit, alpha: float, where: Row) -> Iterator[Row]:
+    """Yield the norms of ∇θ_1 of the first exit's loss, of the rest, of the chain's own and of all together, and the first two's cosine.
+
+    Each is a gradient of its own in float64, the last of the objective as it is trained.
+    """
+    images, labels = context.samples(context.data.train, context.config.grid.samples)
+    twin = copy.deepcopy(network).double().eval()
+    first, *others, final = exit_losses(twin, images.double(), labels).values()
+    losses = {
+        "direct": alpha * first,
+        "rest": final + alpha * sum(others),
+        "final": final,
+        "total": objective(twin, alpha)(twin, images.double(), labels),
+    }
+    gradients = {quantity: _first_stage_gradient(twin, loss) for quantity, loss in losses.items()}
+    norms = {quantity: gradient.norm() for quantity, gradient in gradients.items()}
+    for quantity, norm in norms.items():
+        yield {"quantity": quantity, "value": float(norm.log()), **where}
+    if norms["direct"] > 0 and norms["rest"] > 0:
+        cosine = gradients["direct"] @ gradients["rest"] / (norms["direct"] * norms["rest"])
+        yield {"quantity": "cosine", "value": float(cosine), **where}
+
+
+def _first_stage_gradient(network: MultiExit, loss: Tensor) -> Tensor:
+    """∇θ_1 of a loss, flattened."""
+    gradients = torch.autograd.grad(loss, list(network.chain[0].parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _gradients(context: Context) -> Iterator[Row]:
+    """∇θ_1 of random chains, for every weight and spacing of the exits."""
+    grid = context.config.grid
+    for model in context.progress(_chains(context.config, grid.weight_vars, grid.depths), "gradients"):
+        for seed in range(grid.seeds):
+            network = context.network(model, seed)
+            where = {"part": "gradient", "heads": "random", "when": "initial", **network_columns(model, seed)}
+            for every in [every for every in grid.exit_spacings if every < model.depth]:
+                supervised = supervise(context, network, model, every, seed)
+                for alpha in grid.exit_weights:
+                    yield from gradient_rows(context, supervised, alpha, {**where, "alpha": alpha, "every": every})
+
+
+def _severed(config: Config) -> ModelConfig:
+    return replace(config.model, weight_var=max(config.grid.weight_vars), depth=max(config.grid.depths))
+
+
+def _severed_chains(context: Context) -> Iterator[Row]:
+    """∇θ_1 where the second stage passes no gradient at all, with auxiliary losses and without."""
+    grid, model = context.config.grid, _severed(context.config)
+    for seed in range(grid.seeds):
+        network = context.network(model, seed)
+        weight, _ = network[1].parameters()
+        nn.init.zeros_(weight)
+        supervised = supervise(context, network, model, 1, seed)
+        for alpha in (0.0, *grid.exit_weights):
+            where = {"part": "severed", "alpha": alpha, "every": 1, **network_columns(model, seed)}
+            yield from gradient_rows(context, supervised, alpha, where)
+
+
+def _two_stages(config: Config) -> ModelConfig:
+    return replace(config.model, weight_var=max(config.grid.weight_vars), bias_var=0.0, depth=2)
+
+
+@torch.no_grad()
+def oppose(network: MultiExit) -> None:
+    """Make the exit the readout's opposite, and the first stage's θ_1 = 0.
+
+    Then H_1 = 0 and both heads say the same p, so that g_1 = Wᵀ(p−y) + (−W)ᵀ(p−y) = 0 for every image and label. Neither head's weights
+    get a gradient either, and both biases get the same: so it remains throughout training, whatever the optimiser.
+    """
+    for parameter in network.chain[0].parameters():
+        parameter.zero_()
+    (weight, bias), (exit_weight, exit_bias) = network.chain[1].parameters(), network.exits.parameters()
+    exit_weight.copy_(-weight)
+    exit_bias.copy_(bias)
+
+
+def _opposed_heads(context: Context) -> Iterator[Row]:
+    """The counterexample: two opposite heads on one layer, trained with the auxiliary loss and without."""
+    model = _two_stages(context.config)
+    for alpha in (0.0, 1.0):
+        for seed in range(context.config.grid.train_seeds):
+            network = supervise(context, context.network(model, seed), model, 1, seed)
+            oppose(network)
+            setting = asdict(Supervision(1.0, 1, "constant") if alpha else PLAIN)
+            where = {"part": "training", "heads": "opposed", **setting, **network_columns(model, seed)}
+            if alpha:
+                yield from gradient_rows(context, network, alpha, {**where, "when": "initial"})
+            outcome = context.train(network, f"opposite heads, α {alpha:g}, seed {seed}", seed, objective(network, alpha))
+            yield {"quantity": "test_accuracy", "value": outcome.metrics()["test_accuracy"], **where}
+            if alpha:
+                yield from gradient_rows(context, network, alpha, {**where, "when": "trained"})
+
+
+def _trained(config: Config) -> list[tuple[ModelConfig, Supervision]]:
+    chains = _chains(config, config.grid.train_weight_vars, config.grid.train_depths)
+    return [(model, setting) for model in chains for setting in _settings(config, model.depth)]
+
+
+def _settings(config: Config, depth: int) -> Iterator[Supervision]:
+    """No exit; α at k = 1, beside plain training whose learning rate has the factor 1 + Σα_l; k and a fading α at the largest α."""
+    grid, largest = config.grid, max(config.grid.exit_weights)
+    yield PLAIN
+    for alpha in grid.exit_weights:
+        yield Supervision(alpha, 1, "constant")
+        yield replace(PLAIN, boost=total_weight(alpha, 1, depth))
+    for every in grid.exit_spacings:
+        if 1 < every < depth:
+            yield Supervision(largest, every, "constant")
+    yield Supervision(largest, 1, "fading")
+
+
+def total_weight(alpha: float, every: int, depth: int) -> float:
+    """1 + Σα_l, the weight of all losses together."""
+    return 1 + alpha * ((depth - 1) // every)
+
+
+def _trainings(context: Context) -> Iterator[Row]:
+    """Accuracies of the chain and its exits, and ∇θ_1 along the way, for every chain and setting."""
+    for model, setting in context.progress(_trained(context.config), "trainings"):
+        for seed in range(context.config.grid.train_seeds):
+            yield from _training(context, model, setting, seed)
+
+
+def _training(context: Context, model: ModelConfig, setting: Supervision, seed: int) -> Iterator[Row]:
+    training, data = context.config.training, context.data
+    steps = planned_steps(training, len(data.train))
+    network = supervise(context, context.network(model, seed), model, setting.every, seed)
+    where = {"part": "training", "heads": "random", **asdict(setting), **network_columns(model, seed)}
+    early: list[Row] = []
+
+    def gradients(when: str) -> list[Row]:
+        return list(gradient_rows(context, network, setting.alpha, {**where, "when": when})) if setting.schedule == "constant" else []
+
+    def look(step: int) -> None:
+        if step == max(1, steps // 4):
+            early.append({"quantity": "early_accuracy", "value": evaluate(network, data, data.test)[1], **where})
+            early.extend(gradients("early"))
+
+    yield from gradients("initial")
+    fading = steps if setting.schedule == "fading" else None
+    faster: TrainingConfig = replace(training, lr=training.lr * setting.boost)
+    name = f"σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {seed}"
+    outcome = context.train(network, name, seed, objective(network, setting.alpha, fading), look, faster)
+    metrics = outcome.metrics()
+    yield from early if outcome.status == "finished" else [{"quantity": "early_accuracy", "value": metrics["test_accuracy"], **where}]
+    for quantity, value in metrics.items():
+        yield {"quantity": quantity, "value": value, **where}
+    if outcome.status == "finished":
+        yield from gradients("trained")
+    if setting == Supervision(max(context.config.grid.exit_weights), 1, "constant"):
+        yield from _exit_rows(context, network, where)
+
+
+def describe(setting: Supervision) -> str:
+    """A setting in words."""
+    if setting.schedule == "none":
+        return "no exit" if setting.boost == 1 else f"no exit, learning rate × {setting.boost:g}"
+    return f"α {setting.alpha:g} {setting.schedule}, k {setting.every}"
+
+
+def _exit_rows(context: Context, network: MultiExit, where: Row) -> Iterator[Row]:
+    """The accuracy of every exit, and of the chain beside them."""
+    layers = {name: layer for layer, (name, _) in enumerate(network.chain.named_children(), start=1)}
+    for layer, part in {**{layers[name]: network.leaving_at(name) for name in network.exits}, len(layers): network}.items():
+        yield {"quantity": "exit_accuracy", "value": evaluate(part, context.data, context.data.test)[1], "layer": layer, **where}
+
+
+def _convolutional(config: Config) -> list[ModelConfig]:
+    usual: Row = {"family": "vgg", "depth": 8, "activation": "relu", "weight_var": 2.0, "bias_var": 0.0, "norm": "batch"}
+    return [replace(config.model, **usual, width=width) for width in config.grid.conv_widths]
+
+
+def _published(context: Context) -> Iterator[Row]:
+    """Convolutional nets with an exit at every stage, their weight the smallest and fading, to be held to the published error."""
+    grid = context.config.grid
+    setting = Supervision(min(grid.exit_weights), 1, "fading")
+    steps = planned_steps(context.config.training, len(context.data.train))
+    for model in context.progress(_convolutional(context.config), "convolutional nets"):
+        for seed in range(grid.train_seeds):
+            network = supervise(context, context.network(model, seed), model, setting.every, seed)
+            name = f"convolutional, width {model.width}, seed {seed}"
+            outcome = context.train(network, name, seed, objective(network, setting.alpha, steps))
+            where = {"part": "published", "images": context.data.name, **asdict(setting), **network_columns(model, seed)}
+            yield {"quantity": "test_accuracy", "value": outcome.metrics()["test_accuracy"], **where}
+
+
+def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
+    """Hold every form of the claim against its criterion."""
+    kept, gains = _kept_cells(rows), gain_cells(rows, "test_accuracy")
+    same_rate = gains.query("against == 'same rate'")
+    cells = {
+        "direct_path": _severed_cells(rows),
+        "provides_gradient": kept,
+        "triangle": _triangle_cells(rows),
+        "unless_opposed": kept,
+        "angle": _angle_cells(rows),
+        "direct_share": _share_cells(rows),
+        "share_rate": _share_rates(rows),
+        "unlocks": same_rate.query("heads == 'random'"),
+        "unlocks_within_reach": same_rate.query("heads == 'random'"),
+        "more_than_the_step": gains.query("against == 'same weight'"),
+        "no_harm": same_rate,
+        "faster_early": gain_cells(rows, "early_accuracy"),
+        "fading": _fading_cells(rows),
+        "later_exits": _exit_cells(rows),
+        "published_error": _published_cells(rows),
+    }
+    return judge_forms("deep_supervision", criteria, cells)
+
+
+def _severed_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """‖∇θ_1 ℒ‖ of severed chains, the least over seeds."""
+    totals = pick(rows, "total", part="severed").groupby("alpha")["value"]
+    return pd.DataFrame([cell(least(np.exp(values)), alpha=alpha) for alpha, values in totals])
+
+
+def gradients_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a network, setting and time: the logarithms of the norms of ∇θ_1's parts, and their cosine."""
+    measured = rows[rows["when"].notna()]
+    index = [*GRADIENT, "activation", "bias_var", "net_seed"]
+    return measured.pivot(index=index, columns="quantity", values="value").reset_index()
+
+
+def _kept_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """‖∇θ_1 ℒ‖ in units of the direct part, the least over seeds, beside the least cosine."""
+    return pd.DataFrame(
+        [
+            cell(least(np.exp(nets["total"] - nets["direct"])), **dict(zip(GRADIENT, at, strict=True)), cosine=nets["cosine"].min())
+            for at, nets in gradients_of(rows).groupby(GRADIENT)
+        ]
+    )
+
+
+def _triangle_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """‖∇θ_1 ℒ‖ − (‖direct‖ − ‖rest‖) in units of the larger part, the least over seeds."""
+    nets = gradients_of(rows)
+    larger = nets[["direct", "rest"]].max(axis=1)
+    total, direct, rest = (np.exp(nets[part] - larger) for part in ("total", "direct", "rest"))
+    slack = nets.assign(slack=total - direct + rest).groupby(GRADIENT)["slack"]
+    return pd.DataFrame([cell(least(values), **dict(zip(GRADIENT, at, strict=True))) for at, values in slack])
+
+
+def _angle_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """The cosine between the direct part and the rest, over seeds."""
+    cosines = gradients_of(rows).query("heads == 'random'").groupby(GRADIENT)["cosine"]
+    return pd.DataFrame([cell(t_interval(values), **dict(zip(GRADIENT, at, strict=True))) for at, values in cosines])
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compare ∇θ_1 ℒ_1, the first exit right behind the first stage, with ∇θ_1 ℒ_L.
+
+    Returns: the random chains with `share` = ln ‖∇θ_1 ℒ_1‖/‖∇θ_1 ℒ_L‖ and `loss`, the nats that ‖g‖² loses a layer.
+    """
+    nets = gradients_of(rows).query("part == 'gradient' and every == 1 and alpha == alpha.max()")
+    return nets.assign(share=nets["direct"] - np.log(nets["alpha"]) - nets["final"], loss=_losses(nets))
+
+
+def _losses(nets: pd.DataFrame) -> pd.Series:
+    """−ln χ, the nats that ‖g‖² loses a layer on its way back (Schoenholz et al. 2017)."""
+    chi = {at: mean_field.chi(*at) for at in set(nets[THEORY].itertuples(index=False, name=None))}
+    return -np.log(nets[THEORY].apply(lambda net: chi[tuple(net)], axis=1))
+
+
+def _share_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    cells = []
+    for (weight_var, depth), nets in shares(rows).groupby(CHAIN):
+        vanished = depth * nets["loss"].iloc[0]
+        cells.append(cell(t_interval(nets["share"]), weight_var=weight_var, depth=depth, vanished=vanished))
+    return pd.DataFrame(cells)
+
+
+def _share_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The slope of that logarithm against depth, a slope a seed, minus −½ ln χ."""
+    cells = []
+    for weight_var, nets in shares(rows).groupby("weight_var"):
+        slopes = [slope(net["depth"], net["share"]).value for _, net in nets.groupby("net_seed")]
+        cells.append(cell(t_interval(np.array(slopes) - nets["loss"].iloc[0] / 2), weight_var=weight_var))
+    return pd.DataFrame(cells)
+
+
+def gain_cells(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """An accuracy of the chain with constant auxiliary losses minus without, paired by seed, for every chain and setting.
+
+    Against plain training with the same learning rate, and where it was done with the rate times 1 + Σα_l: the total weight of all losses.
+
+    Returns: the cells; `vanished` = −L ln χ and `reach` = −k ln χ are the nats that ‖g‖² loses along the chain, and from exit to exit.
+    """
+    cells = []
+    for (heads, weight_var, depth), nets in pick(rows, quantity, part="training").groupby(["heads", *CHAIN]):
+        loss = _losses(nets.head(1)).iloc[0]
+        accuracy = nets.pivot(index="net_seed", columns=SETTING, values="value")
+        for setting in [setting for setting in accuracy if setting[2] == "constant"]:
+            alpha, every, *_ = setting
+            at = {"heads": heads, "weight_var": weight_var, "depth": int(depth), "alpha": alpha, "every": int(every)}
+            at |= {"vanished": depth * loss, "reach": every * loss}
+            for against, boost in (("same rate", 1.0), ("same weight", total_weight(alpha, every, depth))):
+                if (baseline := (0.0, 0, "none", boost)) in accuracy:
+                    cells.append(cell(paired_difference(accuracy[setting], accuracy[baseline]), **at, against=against))
+    return pd.DataFrame(cells)
+
+
+def _fading_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of the chain with fading auxiliary losses minus with constant ones, paired by seed."""
+    chosen = pick(rows, "test_accuracy", part="training", heads="random", every=1).query("alpha == alpha.max()")
+    cells = []
+    for (weight_var, depth), nets in chosen.groupby(CHAIN):
+        accuracy = nets.pivot(index="net_seed", columns="schedule", values="value")
+        cells.append(cell(paired_difference(accuracy["fading"], accuracy["constant"]), weight_var=weight_var, depth=int(depth)))
+    return pd.DataFrame(cells)
+
+
+def _exit_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of the chain minus that of its first exit, paired by seed."""
+    cells = []
+    for (weight_var, depth), nets in pick(rows, "exit_accuracy").groupby(CHAIN):
+        accuracy = nets.pivot(index="net_seed", columns="layer", values="value")
+        at = {"weight_var": weight_var, "depth": int(depth), "vanished": depth * _losses(nets.head(1)).iloc[0]}
+        cells.append(cell(paired_difference(accuracy[depth], accuracy[1]), **at))
+    return pd.DataFrame(cells)
+
+
+def _published_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """The test error of the convolutional nets, over seeds."""
+    accuracies = rows[rows["part"] == "published"].groupby(["images", "width"])["value"] if "images" in rows else ()
+    return pd.DataFrame([cell(t_interval(1 - values), images=images, width=int(width)) for (images, width), values in accuracies])

@@ -1,0 +1,222 @@
+"""The solution "wide layers increase rank": which rank, of what, and how far.
+
+On MLPs of growing width, at initialisation and after a short training: the rank of the layer Jacobians J_l, of the batch gradient ∇W_l, and
+of the N×P_l matrix of per-sample parameter gradients (from its Gram matrix); the same as a share of the width, and the stable ranks. Two
+caps stand against the width: the rows of the logits' gradient sum to zero over C classes, so that nothing that is linear behind them has
+a gradient of rank above C−1; and N samples have a gradient of rank N at most.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from src.chain import cut
+from src.config import Config, Criterion, ModelConfig, require
+from src.data.load import Data
+from src.experiment import Context, network_columns
+from src.jacobian.dense import dense_factors, parameter_gram
+from src.jacobian.materialised import layer_jacobian
+from src.locking import walk_back
+from src.mean_field import CRITICAL_WEIGHT_VAR
+from src.plan import Work
+from src.rows import pick
+from src.spectrum import Spectrum, gram_spectrum, spectrum
+from src.statistics import greatest, paired_difference, t_interval
+from src.training.loop import planned_steps
+from src.verdict import Verdict, cell, judge_forms
+
+Row = dict[str, Any]
+
+QUANTITIES = {
+    "jacobian_rank": "rank J_l of a hidden layer between hidden layers, mean over samples",
+    "jacobian_stable_rank": "Σσ²/σ₁² of the same J_l, mean over samples",
+    "gradient_rank": "rank of the batch gradient ∇W_l",
+    "gradient_stable_rank": "Σσ²/σ₁² of the batch gradient ∇W_l",
+    "sample_gradients_rank": "rank of the N×P_l matrix of per-sample gradients of weights and biases, rows of unit length: σ above √(Nε)σ₁",
+    "sample_gradients_stable_rank": "Σσ²/σ₁² of the N×P_l matrix of per-sample gradients of weights and biases",
+    "train_accuracy": "share of training images told right",
+    "test_accuracy": "share of test images told right",
+    "diverged": "1 where the training diverged, else 0",
+}
+
+
+def check(config: Config, data: Data) -> None:
+    """Refuse a grid that this experiment can't measure.
+
+    Raises: UserError naming the key.
+    """
+    grid = config.grid
+    require(config.model.depth >= 4, "model.depth: at least 4 weight layers, two of them between hidden layers")
+    ascending = all(narrow < wide for narrow, wide in pairwise(grid.widths))
+    require(
+        ascending and len(grid.widths) >= 2 and min(grid.widths) >= 4, "grid.widths: at least two widths of at least 4 units, ascending"
+    )
+    require(max(grid.batch_sizes) <= len(data.train), f"grid.batch_sizes: at most {len(data.train)}, the training images")
+    require(grid.samples <= max(grid.batch_sizes), "grid.samples: at most the largest of grid.batch_sizes, whose first images they are")
+    require("sigmoid" not in grid.activations, "grid.activations: linear, tanh or relu, those with a critical σw² at σb² = 0")
+
+
+def plan(context: Context) -> list[Work]:
+    """What is measured and trained."""
+    config, grid = context.config, context.config.grid
+    steps = planned_steps(config.training, len(context.data.train))
+    return [*(Work(model, grid.seeds) for model in _models(config)), *(Work(model, grid.train_seeds, steps) for model in _models(config))]
+
+
+def measure(context: Context) -> pd.DataFrame:
+    """Measure every part of the claim; one row a measurement."""
+    parts = (_initial, _trainings)
+    return pd.DataFrame([row for part in parts for row in part(context)])
+
+
+def _models(config: Config) -> list[ModelConfig]:
+    grid = config.grid
+    return [
+        replace(config.model, activation=phi, weight_var=CRITICAL_WEIGHT_VAR[phi], width=width)
+        for phi, width in product(grid.activations, grid.widths)
+    ]
+
+
+def _initial(context: Context) -> Iterator[Row]:
+    """Random networks as drawn."""
+    for model in context.progress(_models(context.config), "widths"):
+        for seed in range(context.config.grid.seeds):
+            yield from _ranks(context, context.network(model, seed), {"part": "rank", "when": "initial", **network_columns(model, seed)})
+
+
+def _trainings(context: Context) -> Iterator[Row]:
+    """The same after a short training."""
+    for model in context.progress(_models(context.config), "trainings"):
+        for seed in range(context.config.grid.train_seeds):
+            network = context.network(model, seed)
+            where = {"part": "training", **network_columns(model, seed)}
+            outcome = context.train(network, f"{model.activation}, width {model.width}, seed {seed}", seed)
+            for quantity, value in outcome.metrics().items():
+                yield {"quantity": quantity, "value": value, **where}
+            if outcome.status == "finished":
+                yield from _ranks(context, network, {**where, "part": "rank", "when": "trained"})
+
+
+def _ranks(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    """Every rank of every layer: the gradients' for every batch of N training images, the Jacobians' on the first few of them."""
+    grid, classes = context.config.grid, context.data.classes
+    inputs, targets = context.samples(context.data.train, max(grid.batch_sizes))
+    for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
+        at = {**where, "layer": link.index, "classes": classes}
+        if 1 < link.index < where["depth"]:
+            yield from _pair(
+                "jacobian", spectrum(layer_jacobian(link.stage, link.inputs[: grid.samples])), {**at, "batch_size": grid.samples}
+            )
+        hidden, deltas = dense_factors(link.stage, link.inputs, link.signal.relative())
+        for size in grid.batch_sizes:
+            H, D = hidden[:size], deltas[:size]
+            yield from _pair("gradient", spectrum(D.T @ H), {**at, "batch_size": size})
+            yield from _sample_gradients(H, D, {**at, "batch_size": size})
+
+
+def _pair(matrix: str, s: Spectrum, at: Row) -> Iterator[Row]:
+    """Rank and stable rank, means over samples where there are several; a zero matrix has stable rank 0."""
+    yield {"quantity": f"{matrix}_rank", "value": float(s.rank.double().mean()), **at}
+    yield {"quantity": f"{matrix}_stable_rank", "value": float(s.stable_rank.nan_to_num().mean()), **at}
+
+
+def _sample_gradients(hidden: torch.Tensor, deltas: torch.Tensor, at: Row) -> Iterator[Row]:
+    """Rank and stable rank of the N×P_l matrix; rows of unit length have the same rank, and small gradients count as large ones do."""
+    gram = parameter_gram(hidden, deltas)
+    lengths = gram.diagonal().sqrt()
+    units = torch.where(lengths > 0, 1 / lengths, 0)
+    yield {"quantity": "sample_gradients_rank", "value": float(gram_spectrum(units[:, None] * gram * units).rank), **at}
+    yield {"quantity": "sample_gradients_stable_rank", "value": float(gram_spectrum(gram).stable_rank.nan_to_num()), **at}
+
+
+def predicted_sample_rank(width: int, batch_size: int, classes: int) -> int:
+    """The rank of the N×P_l matrix between hidden layers of a linear net: min(N, rank Δ · rank [H 1]), rank Δ = min(w, C−1)."""
+    return min(batch_size, min(width, classes - 1) * (width + 1))
+
+
+def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
+    """Hold every form of the claim against its criterion."""
+    jacobian, gradient, sample_gradients = (_by_net(rows, f"{name}_rank") for name in ("jacobian", "gradient", "sample_gradients"))
+    largest = rows["batch_size"].max()
+    full = gradient[gradient["batch_size"] == largest]
+    cells = {
+        "jacobian_rank": _gains(jacobian),
+        "gradient_rank": _gains(full),
+        "sample_gradients_rank": _gains(sample_gradients[sample_gradients["batch_size"] == largest]),
+        "share_of_the_width": _shares(pd.concat([jacobian.assign(matrix="J_l"), full.assign(matrix="∇W_l")])),
+        "jacobian_stable_rank": _gains(_by_net(rows, "jacobian_stable_rank")),
+        "gradient_stable_rank": _gains(_by_net(rows, "gradient_stable_rank").query("batch_size == @largest")),
+        "softmax_cap": _softmax_cap(rows),
+        "beyond_the_cap": _gains(gradient),
+        "batch_cap": _batch_cap(rows),
+        "beyond_the_batch": _gains(gradient),
+        "linear_sample_gradients": _linear_sample_gradients(sample_gradients),
+    }
+    return judge_forms("wide_layers", criteria, cells)
+
+
+def _by_net(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The mean of a rank over the hidden layers of each network; for N×P_l over those between hidden layers."""
+    ranks = pick(rows, quantity)
+    first = 2 if quantity.startswith("sample_gradients") else 1
+    hidden = ranks[(ranks["layer"] >= first) & (ranks["layer"] < ranks["depth"])]
+    keys = ["activation", "when", "batch_size", "width", "net_seed", "classes"]
+    return hidden.groupby(keys, as_index=False)["value"].mean()
+
+
+def _gains(nets: pd.DataFrame) -> pd.DataFrame:
+    """The rank gained per unit of added width from each width to the next, paired by seed."""
+    cells = []
+    for at, narrow, wide, ranks in _steps(nets, ["activation", "when", "batch_size"]):
+        gained = paired_difference(ranks[wide] / (wide - narrow), ranks[narrow] / (wide - narrow))
+        cells.append(cell(gained, **at, width=narrow, wider=wide))
+    return pd.DataFrame(cells)
+
+
+def _shares(nets: pd.DataFrame) -> pd.DataFrame:
+    """The rank's share of the width at each width minus that at the one before, paired by seed."""
+    cells = []
+    for at, narrow, wide, ranks in _steps(nets, ["matrix", "activation", "when"]):
+        cells.append(cell(paired_difference(ranks[wide] / wide, ranks[narrow] / narrow), **at, width=narrow, wider=wide))
+    return pd.DataFrame(cells)
+
+
+def _steps(nets: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Row, int, int, pd.DataFrame]]:
+    """Each width and the next with the ranks of the seeds that have both."""
+    for at, group in nets.groupby(keys):
+        ranks = group.pivot(index="net_seed", columns="width", values="value")
+        for narrow, wide in pairwise(ranks.columns):
+            yield dict(zip(keys, at, strict=True)), int(narrow), int(wide), ranks[[narrow, wide]].dropna()
+
+
+def _softmax_cap(rows: pd.DataFrame) -> pd.DataFrame:
+    """The largest rank of a batch gradient in units of C−1, over layers, batch sizes and seeds."""
+    ranks = pick(rows, "gradient_rank").assign(place=lambda found: np.where(found["layer"] == found["depth"], "readout", "hidden"))
+    return _largest(ranks.assign(value=ranks["value"] / (ranks["classes"] - 1)), ["activation", "place", "when", "width"])
+
+
+def _batch_cap(rows: pd.DataFrame) -> pd.DataFrame:
+    """The largest rank of a batch gradient in units of N, over layers, widths and seeds."""
+    ranks = pick(rows, "gradient_rank")
+    return _largest(ranks.assign(value=ranks["value"] / ranks["batch_size"]), ["activation", "when", "batch_size"])
+
+
+def _largest(ranks: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    return pd.DataFrame([cell(greatest(values), **dict(zip(keys, at, strict=True))) for at, values in ranks.groupby(keys)["value"]])
+
+
+def _linear_sample_gradients(nets: pd.DataFrame) -> pd.DataFrame:
+    """The rank of linear nets' N×P_l matrix in units of its prediction, over seeds."""
+    cells = []
+    keys = ["when", "width", "batch_size", "classes"]
+    for (when, width, size, classes), values in nets[nets["activation"] == "linear"].groupby(keys)["value"]:
+        predicted = predicted_sample_rank(int(width), int(size), int(classes))
+        cells.append(cell(t_interval(values / predicted), when=when, width=int(width), batch_size=int(size)))
+    return pd.DataFrame(cells)

@@ -1,0 +1,141 @@
+"""Figure and table of batchnorm_stabilization: ‖J_BN‖, scaled weights, growth of ‖g‖², gradients end to end and in training, accuracy."""
+
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
+
+from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from src.jacobian.normalised import batch_norm_growth
+from src.rows import pick
+from src.statistics import t_interval
+
+NAMES = {"batch": "BatchNorm", "layer": "LayerNorm"}
+CHAINS = {("batch", "none"): "BN", ("batch", "preactivation"): "BN + skips", ("layer", "none"): "LN"}
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Six panels: ‖J‖ against σw², BN∘sW, growth of ‖g‖² a layer, gradients end to end, along training, accuracy against depth."""
+    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
+        _norms(axes[0], rows)
+        _gain(axes[1], rows)
+        _growth(axes[2], rows)
+        _flow(axes[3], rows)
+        _training(axes[4], rows)
+        _accuracy(axes[5], rows)
+    return figure
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Growth of ‖g‖² a layer at initialisation, measured and predicted, at every batch size."""
+    lines = []
+    for (norm, batch), nets in pick(rows, "rate", part="rate").groupby(["norm", "batch"]):
+        growth = t_interval(np.exp(nets["value"]))
+        lines.append(
+            {
+                "normalisation": NAMES[str(norm)],
+                "batch N": int(batch),
+                "growth of ‖g‖² a layer": growth.value,
+                "±": growth.hi - growth.value,
+                "mean field": batch_norm_growth(batch) if norm == "batch" else 1.0,
+                "nets": growth.n,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _norms(axis: Axes, rows: pd.DataFrame) -> None:
+    measured = pick(rows, "mean_norm", part="norm")
+    for k, (norm, name) in enumerate(NAMES.items()):
+        nets = measured[measured["norm"] == norm]
+        axis.plot(nets["weight_var"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
+        variances = np.geomspace(nets["weight_var"].min(), nets["weight_var"].max(), 20)
+        level = (nets["value"] * np.sqrt(nets["weight_var"])).mean()
+        axis.plot(variances, level / np.sqrt(variances), color="k", linewidth=0.7)
+    axis.axhspan(0.5, 2, color="0.9", zorder=0)
+    axis.set(xscale="log", yscale="log", xlabel="weight variance σw²", ylabel="‖J‖ of the normalisation")
+    for minor in (axis.xaxis, axis.yaxis):
+        minor.set_minor_formatter(NullFormatter())
+    title(axis, "black: 1/σw; band: ½ to 2")
+    axis.legend(loc="upper right")
+
+
+def _gain(axis: Axes, rows: pd.DataFrame) -> None:
+    gains = rows[rows["part"] == "gain"]
+    for k, (eps, draws) in enumerate(gains[gains["gain"] != 1].groupby("eps")):
+        changes = draws[draws["quantity"].isin(["output_change", "gradient_change"])]
+        largest = changes.groupby("gain")["value"].max()
+        axis.plot(largest.index, largest, DASHES[k], marker=MARKERS[k], color=f"C{k}", markersize=3, label=f"ε = {eps:.0e}")
+    share = pick(gains, "eps_share", eps=gains["eps"].max()).groupby("gain")["value"].max()
+    change = (share - share[1.0]).abs() / 2
+    axis.plot(change.index, change.where(change > 0), color="k", linewidth=0.7, label="½ change of ε's share")
+    axis.axhline(0.01, color="0.3", linewidth=0.8, linestyle=":", label="1%")
+    axis.set(xscale="log", yscale="log", xlabel="scale s of W", ylabel="largest relative change")
+    title(axis, "BN(sWx) against BN(Wx)")
+    axis.legend(loc="center right", bbox_to_anchor=(1.0, 0.42))
+
+
+def _growth(axis: Axes, rows: pd.DataFrame) -> None:
+    growth = pick(rows, "rate", part="rate").assign(value=lambda nets: np.exp(nets["value"]))
+    sizes = np.geomspace(growth["batch"].min(), growth["batch"].max(), 60)
+    predicted = {"batch": np.array([batch_norm_growth(size) for size in sizes]), "layer": np.ones_like(sizes)}
+    for k, (norm, name) in enumerate(NAMES.items()):
+        nets = growth[growth["norm"] == norm]
+        axis.plot(nets["batch"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
+        axis.plot(sizes, predicted[str(norm)], color="k", linewidth=0.8)
+    axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":", label="π/(π−1)")
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="batch N", ylabel="growth of ‖g‖² a layer")
+    title(axis, "initial; black: mean field")
+    axis.legend(loc="center right", bbox_to_anchor=(0.94, 0.34))
+
+
+def _flow(axis: Axes, rows: pd.DataFrame) -> None:
+    flows = pick(rows, "flow", part="flow")
+    depths = np.array(sorted(flows["depth"].unique()))
+    for k, (norm, name) in enumerate(NAMES.items()):
+        nets = flows[flows["norm"] == norm]
+        axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
+    axis.plot(depths, (depths - 2) * np.log(batch_norm_growth(np.inf)) / 2, color="k", linewidth=0.7)
+    axis.plot(depths, 0 * depths, color="k", linewidth=0.7)
+    axis.axhline(np.log(10), color="0.3", linewidth=0.8, linestyle=":", label="ln 10")
+    axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
+    axis.set_ylim(top=1.5 * axis.get_ylim()[1])
+    title(axis, "initial; black: mean field")
+    axis.legend(loc="upper left")
+
+
+def _training(axis: Axes, rows: pd.DataFrame) -> None:
+    for k, ((norm, depth), nets) in enumerate(pick(rows, "range", part="along").groupby(["norm", "depth"])):
+        ranges = nets.pivot(index="step", columns="net_seed", values="value")
+        axis.plot(ranges.index, ranges, color=f"C{k}", alpha=0.3, linewidth=0.7)
+        label = f"{'BN' if norm == 'batch' else 'LN'}, depth {depth:.0f}"
+        axis.plot(ranges.index, ranges.mean(axis=1), DASHES[k], marker=MARKERS[k], color=f"C{k}", label=label)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set(xlabel="training steps", ylabel="range of ln ‖g_l‖ over l (nats)")
+    axis.set_ylim(bottom=0, top=axis.get_ylim()[1] * 1.35)
+    title(axis, "along training")
+    axis.legend(loc="upper right")
+
+
+def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
+    accuracy = pick(rows, "train_accuracy", part="depth")
+    for k, ((norm, skip), name) in enumerate(CHAINS.items()):
+        trained = accuracy[(accuracy["norm"] == norm) & (accuracy["skip"] == skip)]
+        for j, (_, nets) in enumerate(trained.groupby("batch")):
+            axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
+            label = name if j == 0 else None
+            sns.lineplot(nets, x="depth", y="value", ax=axis, color=f"C{k}", linestyle=DASHES[j], errorbar=t_error, label=label)
+    axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="depth L (weight layers)", ylabel="train accuracy", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
+    title(axis, "trained; dotted: L = 50")
+    batches = enumerate(sorted(accuracy["batch"].unique()))
+    sizes = [Line2D([0], [0], color="k", linestyle=cast(Any, DASHES[j]), label=f"N = {n:.0f}") for j, n in batches]
+    chains, _ = axis.get_legend_handles_labels()
+    axis.legend(handles=[*chains, *sizes], loc="upper right", ncols=2, columnspacing=0.8, handlelength=1.8)

@@ -1,0 +1,129 @@
+"""Figure and table of certificate: accuracy against each entry, rank correlations with intervals, foretold against reached accuracy."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.certificate import CONVOLUTIONAL, ENTRIES, K_BACK, KINDS, READINGS, networks
+from paper_figures.style import MARKERS, panels, title
+from src.prediction import association, predict_left_out
+from src.statistics import Estimate
+
+NAMES = {
+    "attenuation": "Σ ln ‖J_l‖",
+    "rank": "min rank J_l",
+    "conditioning": "max cond J_l",
+    "skip_depth": "skip depth",
+    "attenuation_either_way": "|Σ ln ‖J_l‖|",
+    "relative_rank": "relative rank",
+    "severity": "λ as stated",
+    "severity_nonzero": "λ, nonzero σ",
+    "lock_condition": "share locked",
+    "gradient_ratio": "|ln ‖g_1‖/‖g_L‖|",
+    "chi": "|½ Σ ln χ_l|",
+    "path_depth": "depth (control)",
+}
+# of the six readings whose scatter is shown: the axis, its scale, and whether the reading is the quantity's negative
+SHOWN = {
+    "attenuation": ("Σ ln ‖J_l‖ (nats)", "symlog", 1),
+    "rank": ("min rank J_l", "linear", 1),
+    "conditioning": ("max cond J_l", "log", -1),
+    "skip_depth": ("skip depth (weight layers)", "linear", -1),
+    "gradient_ratio": ("|ln ‖g_1‖/‖g_L‖| (nats)", "symlog", -1),
+    "severity": ("severity λ, mean over stages", "linear", -1),
+}
+LEVEL = 0.3  # the criterion's
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Nine panels: accuracy against six readings, rank correlations, and the accuracy that two combinations foretell."""
+    nets = networks(rows)
+    with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
+        for axis, reading in zip(axes, SHOWN, strict=False):
+            _against(axis, nets, reading)
+        _legend(axes[0], None)
+        _correlations(axes[6], nets)
+        _foretold(axes[7], nets, K_BACK, "family left out, by K_back")
+        _foretold(axes[8], nets, tuple(READINGS), "family left out, by all")
+    return figure
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's ρ of every reading with the accuracy over the zoo, its interval, and ρ within each family."""
+    nets = networks(rows)
+    lines = []
+    for reading, name in NAMES.items():
+        rho = association(nets[reading], nets["accuracy"])
+        within = {f"ρ, {kind}": association(part[reading], part["accuracy"]).value for kind, part in nets.groupby("kind")}
+        entry: dict[str, Any] = {"reading": name, "in K_back": "yes" if reading in ENTRIES else "no"}
+        lines.append({**entry, "ρ": rho.value, "low": rho.lo, "high": rho.hi, **within, "architectures": rho.n})
+    return pd.DataFrame(lines)
+
+
+def _kinds(nets: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each kind of network and how its points look."""
+    for k, kind in enumerate((*KINDS.values(), CONVOLUTIONAL)):
+        if (nets["kind"] == kind).any():
+            yield kind, {"marker": MARKERS[k], "color": f"C{k}", "label": kind, "linestyle": "none", "alpha": 0.5, "markersize": 3}
+
+
+def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
+    """The accuracy reached against one reading, a point an architecture: right is less locked; what is infinite stands at the edge."""
+    label, scale, sign = SHOWN[reading]
+    values = sign * nets[reading]
+    finite = values[np.isfinite(values)]
+    edge = finite.max() * 100 if scale == "log" else finite.abs().max() * 2
+    shown = values.clip(-edge, edge)
+    for kind, look in _kinds(nets):
+        axis.plot(shown[nets["kind"] == kind], nets.loc[nets["kind"] == kind, "accuracy"], **look)
+    if scale != "linear":
+        axis.set_xscale(scale)
+    if np.isinf(values).any():
+        axis.axvline(-sign * (edge / 10 if scale == "log" else 0.75 * edge), color="0.3", linewidth=0.8, linestyle=":")
+        axis.text(0.02, 0.01, "∞", transform=axis.transAxes, fontsize=8)
+    if sign < 0:
+        axis.invert_xaxis()
+    axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
+    title(axis, _interval(association(nets[reading], nets["accuracy"])))
+
+
+def _correlations(axis: Axes, nets: pd.DataFrame) -> None:
+    """ρ of every reading with its interval, K_back's entries filled; the dotted line is the criterion's level."""
+    for place, reading in enumerate(NAMES):
+        rho = association(nets[reading], nets["accuracy"])
+        colour, face = ("C0", "C0") if reading in ENTRIES else ("0.35", "w")
+        axis.plot([rho.lo, rho.hi], [place, place], color=colour)
+        axis.plot(rho.value, place, "o", color=colour, markerfacecolor=face)
+    axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(NAMES)), NAMES.values(), fontsize=6)
+    axis.invert_yaxis()
+    axis.set(xlim=(-1, 1), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
+    title(axis, "95% intervals")
+
+
+def _foretold(axis: Axes, nets: pd.DataFrame, readings: Sequence[str], what: str) -> None:
+    """The accuracy of each family as fitted to the others, against the accuracy reached."""
+    predicted = predict_left_out(nets, readings, "accuracy", "kind")
+    for kind, look in _kinds(predicted):
+        part = predicted[predicted["kind"] == kind]
+        rho = association(part["predicted"], part["accuracy"]).value
+        axis.plot(part["predicted"], part["accuracy"], **{**look, "label": f"{kind}, {rho:.2f}"})
+    axis.plot([0, 1], [0, 1], color="k", linewidth=0.8)
+    axis.set(xlabel="foretold accuracy", ylabel="test accuracy", ylim=(0, 1))
+    title(axis, what)
+    _legend(axis, "ρ within")
+
+
+def _legend(axis: Axes, heading: str | None) -> None:
+    """A legend above the points."""
+    axis.set(ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
+    axis.legend(title=heading, loc="upper left", handletextpad=0.1, borderpad=0.1, labelspacing=0.3)
+
+
+def _interval(rho: Estimate) -> str:
+    return f"ρ = {rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]"

@@ -1,0 +1,142 @@
+"""Figure and table of sigmoid_saturation: ‖J‖, E[φ'²], growth of the gradient, learning, mapped nets, the top layer's course."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.sigmoid_saturation import BOUNDED, jacobian_nets, learning_nets
+from paper_figures.style import DASHES, MARKERS, panels, title
+from src import mean_field
+from src.rows import pick
+from src.statistics import t_interval
+
+VARIED = {"weight_var": "by σw²", "bias_var": "by σb², σw² = 1"}
+STARTS = {"tanh": "tanh, σw² = 1.761", "mapped": "logistic, mapped from it", "usual": "logistic, σw² = 1"}
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Six panels: ‖J‖ and accuracy against saturation, E[φ'²], growth of ‖g‖², mapped nets, activations through a long training."""
+    with panels(rows, count=6, columns=3, height=2.4) as (figure, axes):
+        _norms(axes[0], rows)
+        _slopes(axes[1], rows)
+        _growth(axes[2], rows)
+        _learning(axes[3], rows)
+        _mapped(axes[4], rows)
+        _course(axes[5], rows)
+    return figure
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Saturation, ‖J‖, χ and the gradient's growth of every setting with intervals, and the accuracy of its short training."""
+    nets = jacobian_nets(rows)
+    learning = learning_nets(rows)
+    accuracy = learning.groupby(["varied", "weight_var", "bias_var", "depth"])["test_accuracy"].mean()
+    lines = []
+    for (varied, weight_var, bias_var), own in nets.groupby(["varied", "weight_var", "bias_var"], sort=False):
+        rate = t_interval(np.exp(own["rate"]))
+        lines.append(
+            {
+                "saturated by": VARIED[varied][3:6].rstrip(","),
+                "σw²": weight_var,
+                "σb²": bias_var,
+                "saturated": own["saturated"].mean(),
+                "mean ‖J‖": own["norm"].mean(),
+                "χ predicted": own["prediction"].iloc[0],
+                "χ measured": own["chi"].mean(),
+                "growth of ‖g‖² a layer": rate.value,
+                "± growth": rate.hi - rate.value,
+                **{f"accuracy, L = {int(depth)}": value for depth, value in accuracy[varied, weight_var, bias_var].items()},
+                "nets": rate.n,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _norms(axis: Axes, rows: pd.DataFrame) -> None:
+    nets = jacobian_nets(rows)
+    for k, (varied, label) in enumerate(VARIED.items()):
+        _against_saturation(axis, nets[nets["varied"] == varied], "norm", k, DASHES[k], label)
+    axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
+    axis.set_yscale("log")
+    axis.set(xlabel="share of saturated units", ylabel="mean ‖J_l‖")
+    title(axis, "‖J‖ of nets saturated")
+    axis.legend(loc="best")
+
+
+def _learning(axis: Axes, rows: pd.DataFrame) -> None:
+    for (depth, varied), nets in learning_nets(rows).groupby(["depth", "varied"]):
+        k, deeper = list(VARIED).index(varied), depth > rows.loc[rows["part"] == "learning", "depth"].min()
+        _against_saturation(axis, nets, "test_accuracy", k, ":" if deeper else "-", f"{VARIED[varied][:6]}, L = {int(depth)}")
+    axis.set(xlabel="share saturated at the start", ylabel="test accuracy", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
+    title(axis, "short training, L weight layers")
+    axis.legend(loc="upper right", ncols=2, columnspacing=0.6, handlelength=1.3)
+
+
+def _against_saturation(axis: Axes, nets: pd.DataFrame, quantity: str, k: int, style: Any, label: str) -> None:
+    """Every net as a point, and a line through the means of the settings."""
+    axis.plot(nets["saturated"], nets[quantity], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.35, markersize=3)
+    means = nets.groupby(["weight_var", "bias_var"])[["saturated", quantity]].mean()
+    axis.plot(means["saturated"], means[quantity], linestyle=style, color=f"C{k}", label=label)
+
+
+def _slopes(axis: Axes, rows: pd.DataFrame) -> None:
+    measured = pick(rows, "square_slope")
+    grid = np.linspace(0, measured["weight_var"].max(), 60)
+    for k, activation in enumerate(BOUNDED):
+        own = measured[measured["activation"] == activation]
+        axis.plot(grid, [mean_field.mean_square_derivative(activation, q) for q in grid], color="k", linewidth=0.7)
+        axis.plot(own["weight_var"], own["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=activation)
+    axis.set_yscale("log")
+    axis.set(xlabel="variance q of z", ylabel="E[φ'(z)²]")
+    title(axis, "slopes; black: mean field")
+    axis.legend(loc="center right")
+
+
+def _growth(axis: Axes, rows: pd.DataFrame) -> None:
+    nets = jacobian_nets(rows).query("varied == 'weight_var'")
+    grid = np.geomspace(nets["weight_var"].min(), nets["weight_var"].max(), 40)
+    axis.plot(grid, [mean_field.chi("sigmoid", w, 0.0) for w in grid], color="k", linewidth=0.7)
+    quantities = ((nets["chi"], "mean σ² of J", "C0"), (np.exp(nets["rate"]), "growth of ‖g‖²", "none"), (nets["norm"], "mean ‖J‖", "C2"))
+    for k, (values, label, face) in enumerate(quantities):
+        axis.plot(
+            nets["weight_var"], values, linestyle="none", marker=MARKERS[k], color=f"C{k}", markerfacecolor=face, alpha=0.6, label=label
+        )
+    axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
+    axis.axvline(mean_field.critical_weight_var("sigmoid", 0.0), color="0.3", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set(xlabel="weight variance σw² (σb² = 0)", ylabel="mean σ², growth, ‖J‖")
+    title(axis, "black: χ; dotted: χ = 1")
+    axis.legend(loc="upper left")
+
+
+def _mapped(axis: Axes, rows: pd.DataFrame) -> None:
+    signals = pick(rows, "error_signal", part="mapped")
+    for k, (start, label) in enumerate(STARTS.items()):
+        profile = signals[signals["start"] == start].pivot(index="layer", columns="net_seed", values="value")
+        relative = (profile - profile.iloc[-1]).iloc[:-1]
+        axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.6)
+        axis.plot(relative.index, relative.mean(axis=1), DASHES[k], color=f"C{k}", label=label)
+    axis.set(xlabel="layer l", ylabel="ln ‖g_l‖ / ‖g_L‖ (nats)")
+    title(axis, "one function, two nets")
+    axis.legend(loc="best")
+
+
+def _course(axis: Axes, rows: pd.DataFrame) -> None:
+    course = rows[(rows["part"] == "long") & (rows["depth"] == rows.loc[rows["part"] == "long", "depth"].min())]
+    means = pick(course, "activation_mean")
+    tops = pick(course, "activation_p98")
+    layers = sorted(means["layer"].unique())
+    for k, layer in enumerate(layers):
+        own = means[means["layer"] == layer].pivot(index="step", columns="net_seed", values="value")
+        axis.plot(own.index, own, color=f"C{k}", alpha=0.3, linewidth=0.6)
+        axis.plot(own.index, own.mean(axis=1), DASHES[k], color=f"C{k}", label=f"layer {int(layer)}")
+    top = tops[tops["layer"] == layers[-1]].pivot(index="step", columns="net_seed", values="value").mean(axis=1)
+    axis.plot(top.index, top, ".", color=f"C{len(layers) - 1}", markersize=2.5, label=f"98th pct., {int(layers[-1])}")
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set(xlabel="training step (batches of 10)", ylabel="mean activation", ylim=(0, 1))
+    title(axis, f"training {len(layers)} hidden layers")
+    axis.legend(loc="upper left", ncols=2, columnspacing=0.8, handlelength=1.5)

@@ -1,0 +1,26 @@
+"""Starts that the configuration does not have."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def standard_start(network: nn.Module, generator: torch.Generator) -> None:
+    """Draw W ~ U[−1/√n, 1/√n], n the fan-in, and set b = 0 (Glorot & Bengio 2010, equation 1), in place.
+
+    Args:
+        network: dense layers.
+        generator: on the CPU.
+    """
+    for linear in network.modules():
+        if isinstance(linear, nn.Linear):
+            bound = linear.in_features**-0.5
+            linear.weight.copy_(torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator))
+            linear.bias.zero_()
+
+
+@torch.no_grad()
+def neutral_readout(network: nn.Sequential, weight_var: float) -> None:
+    """Give the dense last stage of a network drawn with some σw² the weights of σw² = 1, and no bias, in place."""
+    network[-1].get_parameter("weight").div_(weight_var**0.5)
+    network[-1].get_parameter("bias").zero_()

@@ -1,0 +1,260 @@
+"""batchnorm_stabilization: verdicts follow the rows; growth, gain invariance and norms are measured against naive references."""
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from experiments import batchnorm_stabilization as claim
+from src.experiment import Context
+from src.jacobian.normalised import batch_norm_growth, closed_form, normalisation_jacobian
+from tests.experiments.measured import context, put, small_context, small_rows, swap, verdicts
+
+NAME = "batchnorm_stabilization"
+SMALL = (
+    "model.width=32",
+    "grid.seeds=2",
+    "grid.train_seeds=2",
+    "grid.samples=4",
+    "grid.batch_sizes=[8,256]",
+    "grid.depths=[4,8]",
+    "grid.rate_depth=8",
+    "grid.train_depths=[4,6]",
+    "training.batch_size=32",
+    "training.max_steps=2",
+    "data.train_size=256",
+    "data.test_size=100",
+)
+BATCH = {"norm": "batch"}
+
+
+def depths(**plain: float) -> pd.DataFrame:
+    """Trainings at depths 8, 32 and 64 of a control at .9 and plain BN chains at the accuracy given, .9 unless given."""
+    lines = []
+    for depth, seed, (norm, skip) in product((8, 32, 64), range(3), (("batch", "none"), ("batch", "preactivation"), ("layer", "none"))):
+        accuracy = plain.get(f"at{depth}", 0.9) if (norm, skip) == ("batch", "none") else 0.9
+        at = {"norm": norm, "skip": skip, "depth": depth, "batch": 32.0, "chance": 0.1, "net_seed": seed}
+        lines.append({"quantity": "train_accuracy", "value": accuracy + 0.001 * seed, **at})
+    return pd.DataFrame(lines)
+
+
+def along(**ranges: float) -> pd.DataFrame:
+    """Ranges of BN chains of depth 24 and 64: 10 before training, and as given after it."""
+    lines = []
+    for depth, seed, step in product((24, 64), range(3), (0, 1)):
+        value = (10.0 if step == 0 else ranges[f"at{depth}"]) + 0.001 * seed
+        lines.append({"quantity": "range", "value": value, "norm": "batch", "depth": depth, "step": float(step), "net_seed": seed})
+    return pd.DataFrame(lines)
+
+
+def predicted(nets: pd.DataFrame) -> np.ndarray:
+    return np.log([batch_norm_growth(batch) for batch in nets["batch"]])
+
+
+def accuracies(**by_var: float):
+    """Test accuracies by σw², .8 unless given, a little different in each net."""
+    return lambda nets: [by_var.get(f"at{net.weight_var:g}", 0.8) + 0.001 * net.net_seed for net in nets.itertuples()]
+
+
+def repair(batch: dict[str, float], none: dict[str, float]) -> list:
+    where = {"part": "repair"}
+    return [put("test_accuracy", accuracies(**batch), **where, **BATCH), put("test_accuracy", accuracies(**none), **where, norm="none")]
+
+
+BAD = {"at200": 0.1}
+TWO, THREE = {**BATCH, "together": 2}, {**BATCH, "together": 3, "eps": 1e-5, "net_seed": 1}
+LINEAR_IN_EPS = put("operator_norm", lambda rows: rows["eps"], **TWO)
+UNSCALED = [put("step_factor", lambda rows: rows["gain"] ** -2.0)]
+
+# criterion, what is changed in the measured rows, verdict
+CASES = [
+    ("norm_near_one", [put("mean_norm", 1.1)], "holds"),
+    ("norm_near_one", [put("mean_norm", 1.1), put("mean_norm", 5.0, **BATCH, weight_var=0.2)], "refuted"),
+    ("norm_near_one", [put("mean_norm", 1.1), put("mean_norm", 3.0, **BATCH, part="along", when="trained")], "refuted"),
+    ("norm_near_one", [put("mean_norm", 1.1), put("mean_norm", 3.0, norm="layer")], "holds"),
+    ("layer_norm_near_one", [put("layer_norm", 1.1)], "holds"),
+    ("layer_norm_near_one", [put("layer_norm", 1.1), put("layer_norm", 0.3, **BATCH, when="trained")], "refuted"),
+    ("consistent_flow", [put("flow", 0.5, part="flow")], "holds"),
+    ("consistent_flow", [put("flow", 0.5, part="flow"), put("flow", -3.0, part="flow", depth=8)], "refuted"),
+    ("flow_along_training", [put("flow", -1.0, part="along")], "holds"),
+    ("flow_along_training", [put("flow", -1.0, part="along"), put("flow", 3.0, part="along", step=2)], "refuted"),
+    ("norm_formula", [], "holds_if"),
+    ("norm_formula", [put("norm_error", 1e-8, **THREE)], "refuted"),
+    ("closed_form", [], "holds"),
+    ("closed_form", [put("form_error", 1e-8, **THREE)], "refuted"),
+    ("null_directions", [], "holds"),
+    ("null_directions", [put("spectrum_error", 1e-8, **THREE)], "refuted"),
+    ("two_samples", [LINEAR_IN_EPS], "holds_if"),
+    ("two_samples", [put("operator_norm", lambda rows: rows["eps"] ** 0.5, **TWO)], "refuted"),
+    ("gain_invariance", [], "holds_if"),
+    ("gain_invariance", [put("output_change", 0.0), put("gradient_change", 0.0)], "holds"),
+    ("gain_invariance", [put("gradient_change", 0.02, net_seed=1, eps=1e-30, gain=float(claim.GAINS[0]))], "refuted"),
+    ("relative_step", [], "holds_if"),
+    ("relative_step", UNSCALED, "holds"),
+    ("relative_step", [put("step_factor", 1.0)], "refuted"),
+    ("gain_repaired", repair({}, {}), "holds"),
+    ("gain_repaired", repair({}, BAD), "holds_if"),
+    ("gain_repaired", repair(BAD, BAD), "refuted"),
+    ("large_batch_rate", [put("rate", math.log(1.467))], "holds"),
+    ("large_batch_rate", [put("rate", predicted, **BATCH, part="rate")], "holds_if"),
+    ("large_batch_rate", [put("rate", 0.0, **BATCH, part="rate")], "refuted"),
+    ("finite_batch_rate", [put("rate", predicted, **BATCH, part="rate")], "holds"),
+    ("finite_batch_rate", [put("rate", math.log(1.467), **BATCH, part="rate")], "refuted"),
+    ("layer_norm_rate", [put("rate", predicted, **BATCH, part="rate"), put("rate", 0.0, norm="layer", part="rate")], "holds_if"),
+    ("layer_norm_rate", [put("rate", 0.2, norm="layer", part="rate")], "refuted"),
+    ("untrainable_depth", [swap("depth", depths(at64=0.1))], "holds_if"),
+    ("untrainable_depth", [swap("depth", depths(at8=0.1, at32=0.1, at64=0.1))], "holds"),
+    ("untrainable_depth", [swap("depth", depths())], "refuted"),
+    ("trainable_up_to_there", [swap("depth", depths(at64=0.1))], "holds_if"),
+    ("trainable_up_to_there", [swap("depth", depths(at32=0.1, at64=0.1))], "refuted"),
+    ("settles_in_training", [swap("along", along(at24=1.0, at64=1.0))], "holds_if"),
+    ("settles_in_training", [swap("along", along(at24=9.0, at64=1.0))], "refuted"),
+    ("deep_settles_in_training", [swap("along", along(at24=9.0, at64=1.0))], "holds_if"),
+    ("deep_settles_in_training", [swap("along", along(at24=1.0, at64=9.0))], "refuted"),
+    ("rate_falls_in_training", [put("rate", lambda rows: -rows["step"], part="along")], "holds"),
+    ("rate_falls_in_training", [put("rate", lambda rows: rows["step"], part="along")], "refuted"),
+]
+
+
+def test_exact_statements_come_out_on_real_rows() -> None:
+    found = {name: verdict.verdict for name, verdict in verdicts(NAME, small_rows(NAME)).items()}
+    assert (found["norm_formula"], found["closed_form"], found["null_directions"]) == ("holds_if", "holds", "holds")
+    assert (found["two_samples"], found["gain_invariance"], found["relative_step"]) == ("holds_if", "holds_if", "holds_if")
+
+
+def test_accuracy_counts_only_where_the_control_trains() -> None:
+    rows = depths(at64=0.1).assign(part="depth")
+    failing = (rows["skip"] == "preactivation") & (rows["depth"] == 64)
+    assert set(claim.trained_depths(rows).reset_index()["depth"]) == {8, 32, 64}
+    assert set(claim.trained_depths(rows.assign(value=rows["value"].mask(failing, 0.1))).reset_index()["depth"]) == {8, 32}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Context:
+    return context(NAME, "model.width=256", "grid.rate_depth=14", "grid.seeds=5")
+
+
+def growths(lab: Context, batch: int, **changes: object) -> list[float]:
+    """Growth of ‖g‖² a layer in every net of a kind."""
+    inputs, targets = lab.samples(lab.data.train, batch)
+    model = claim._net(lab.config, depth=lab.config.grid.rate_depth, **changes)
+    return [math.exp(claim.rate(claim.batch_signals(lab.network(model, seed), inputs, targets))) for seed in range(lab.config.grid.seeds)]
+
+
+def test_growth_at_large_batch_is_the_known_one(lab: Context) -> None:
+    growth = np.mean(growths(lab, 256))
+    assert growth == pytest.approx(math.pi / (math.pi - 1), rel=0.03)
+    assert growth != pytest.approx(batch_norm_growth(16), rel=0.03)
+
+
+def test_growth_at_a_small_batch_is_larger(lab: Context) -> None:
+    growth = np.mean(growths(lab, 16))
+    assert growth == pytest.approx(batch_norm_growth(16), rel=0.04)
+    assert growth != pytest.approx(math.pi / (math.pi - 1), rel=0.04)
+
+
+def test_layer_normalisation_has_no_growth(lab: Context) -> None:
+    assert np.mean(growths(lab, 64, norm="layer")) == pytest.approx(1, rel=0.04)
+    # it is the normalisation that keeps it so: without one σw² = 1 halves ‖g‖² a layer
+    assert np.mean(growths(lab, 64, norm="none", weight_var=1.0)) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("norm", claim.NORMS)
+def test_batch_signals_are_those_of_plain_autograd(lab: Context, norm: str) -> None:
+    inputs, targets = lab.samples(lab.data.train, 8)
+    network = lab.network(claim._net(lab.config, depth=5, width=16, norm=norm), 0).double().train()
+    states = [inputs.double()]
+    for stage in network:
+        states.append(stage(states[-1]))
+    gradients = torch.autograd.grad(cross_entropy(states[-1], targets), states[1:])
+    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    found = claim.batch_signals(network, inputs, targets)
+    assert found == pytest.approx({layer: float(g.norm().log()) for layer, g in enumerate(gradients, start=1)}, rel=1e-10)
+    assert all(torch.equal(statistics[name], buffer) for name, buffer in network.named_buffers())
+    frozen = torch.autograd.grad(cross_entropy(network.eval()(states[0].requires_grad_()), targets), states[0])[0]
+    assert float(frozen.norm().log()) != pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", claim.NORMS)
+def test_the_middle_layers_norm_is_that_of_a_naive_jacobian(lab: Context, norm: str) -> None:
+    inputs, _ = lab.samples(lab.data.train, 4)
+    network = lab.network(claim._net(lab.config, depth=4, width=6, norm=norm), 0).double().train()
+    state = network[1](network[0](inputs.double())).detach()
+    J = torch.autograd.functional.jacobian(network[2], state).reshape(24, 24)
+    assert claim.middle_norm(network, inputs) == pytest.approx(float(torch.linalg.matrix_norm(J, 2)), rel=1e-10)
+
+
+@pytest.mark.parametrize("eps", claim.GAIN_EPSILONS)
+@pytest.mark.parametrize("gain", [10**-4.5, 10**4.5])
+def test_scaled_weights_behind_normalisation(gain: float, eps: float) -> None:
+    """Without ε to speak of BN(sWx) is BN(Wx), and ∇W falls as 1/s; with PyTorch's ε a small s tells."""
+    generator = torch.Generator().manual_seed(0)
+    W, x, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 7), (9, 7), (9, 5)))
+    plain, scaled = (claim.normalised_product(factor * W, x, v, eps) for factor in (1.0, gain))
+    invariant = [torch.allclose(new, old, rtol=1e-3) for new, old in zip((*scaled[:2], scaled[2] * gain), plain, strict=True)]
+    assert invariant == [eps < 1e-20 or gain > 1] * 3
+
+
+def test_the_errors_of_an_operator_see_a_wrong_one() -> None:
+    values, gains = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    J = normalisation_jacobian(claim._batch_norm(gains, 1e-5), values)
+    right = claim.operator_errors(J, values, gains, 1e-5)
+    assert max(right["norm_error"], right["form_error"], right["spectrum_error"]) < 1e-12
+    wrong = claim.operator_errors(J * (1 + 1e-8), values, gains, 1e-5)
+    assert min(wrong["norm_error"], wrong["form_error"], wrong["spectrum_error"]) > 1e-9
+    coupled = J.clone()
+    coupled[0, 0, 1, 0] += 1e-6
+    assert claim.operator_errors(coupled, values, gains, 1e-5)["form_error"] > 1e-8
+    # without the mean's own share, a direction that should be annihilated passes
+    at = torch.arange(3)
+    kept = torch.zeros_like(J)
+    kept[at, :, at] = closed_form(values, gains, 1e-5) + 1e-6
+    assert claim.operator_errors(kept, values, gains, 1e-5)["spectrum_error"] > 1e-8
+
+
+def test_two_samples_and_pytorchs_refusal_of_no_epsilon() -> None:
+    gains, values = torch.ones(1, dtype=torch.float64), torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    for eps in (1e-2, 1e-6, 1e-10):
+        J = normalisation_jacobian(claim._batch_norm(gains, eps), values)[0, :, 0]
+        # J = ε/σ³ (I − ½11ᵀ), σ² = 1 + ε
+        assert float(torch.linalg.matrix_norm(J, 2)) == pytest.approx(eps / (1 + eps) ** 1.5, rel=1e-4)
+    with pytest.raises((ValueError, RuntimeError), match="eps"):
+        claim._batch_norm(gains, 0.0)(values.T)
+
+
+def test_the_last_hidden_layer_is_left_out_of_the_rate() -> None:
+    signals = {layer: 0.5 * (20 - layer) for layer in range(1, 21)}
+    assert claim.rate(signals) == pytest.approx(1.0)
+    assert claim.rate({**signals, 19: 100.0, 20: 100.0}) == pytest.approx(1.0)
+    assert claim.rate({**signals, 15: 100.0}) != pytest.approx(1.0)
+
+
+def test_looking_along_training_leaves_it_as_it_is(lab: Context) -> None:
+    inputs, targets = lab.samples(lab.data.train, 16)
+    config = replace(lab.config.training, max_steps=3, batch_size=32)
+    networks = [lab.network(claim._net(lab.config, depth=4, width=16), 0) for _ in range(2)]
+    lab.train(networks[0], "looked at", 0, on_step=lambda step: claim.batch_signals(networks[0], inputs, targets), config=config)
+    lab.train(networks[1], "alone", 0, config=config)
+    assert all(torch.equal(a, b) for a, b in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True))
+
+
+def test_the_control_has_as_many_parameters(lab: Context) -> None:
+    counts: dict[int, set[int]] = {}
+    for _, model in claim._deepened(lab.config):
+        network = lab.network(model, 0)
+        counts.setdefault(model.depth, set()).add(sum(parameter.numel() for parameter in network.parameters()))
+        assert any(isinstance(module, nn.BatchNorm1d | nn.LayerNorm) for module in network.modules())
+    assert all(len(found) == 1 for found in counts.values())
+
+
+def test_another_batch_size_leaves_the_other_rows_as_they_were() -> None:
+    more = claim.measure(small_context(NAME, "grid.batch_sizes=[8,32,256]"))
+    added = (more["part"] == "rate") & (more["batch"] == 32)
+    assert added.any()
+    pd.testing.assert_frame_equal(more[~added].reset_index(drop=True), small_rows(NAME), check_exact=True)

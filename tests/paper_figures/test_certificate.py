@@ -1,0 +1,53 @@
+"""The figure and table of certificate."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.certificate import ENTRIES, READINGS, networks
+from paper_figures import certificate as figure_module
+from src.prediction import association
+from src.statistics import spearman
+from tests.experiments.measured import put
+from tests.paper_figures.drawn import check_panels, draw, read
+
+NAME = "certificate"
+
+
+def test_the_table_has_the_correlation_of_every_reading(tmp_path: Path) -> None:
+    rows = read(NAME, tmp_path)
+    table, nets = figure_module.table(rows), networks(rows)
+    assert len(table) == len(READINGS) == len(figure_module.NAMES)
+    assert (table["in K_back"] == "yes").sum() == len(ENTRIES) == 4
+    line = table[table["reading"] == "|ln ‖g_1‖/‖g_L‖|"].iloc[0]
+    rho = spearman(nets["gradient_ratio"], nets["accuracy"])
+    assert (line["ρ"], line["low"], line["high"], line["architectures"]) == (rho.value, rho.lo, rho.hi, len(nets))
+    plain = nets[nets["kind"] == "plain"]
+    assert line["ρ, plain"] == association(plain["gradient_ratio"], plain["accuracy"]).value
+    assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+
+
+def test_infinities_stand_apart_at_the_edge(tmp_path: Path) -> None:
+    rows = read(NAME, tmp_path)
+    assert np.isinf(networks(rows)["conditioning"]).any()
+    drawn = {axis.get_label(): axis for axis in draw(NAME, rows).axes}
+    assert [text.get_text() for text in drawn["c"].texts] == ["∞"]
+    finite = draw(NAME, put("conditioning", 10.0)(rows))
+    check_panels(finite)
+    assert [list(axis.texts) for axis in finite.axes if axis.get_label() == "c"] == [[]]
+
+
+def test_every_title_carries_the_correlation_of_its_panel(tmp_path: Path) -> None:
+    rows = read(NAME, tmp_path)
+    lines = figure_module.table(rows).set_index("reading")
+    axes = draw(NAME, rows).axes
+    for axis, reading in zip(axes, figure_module.SHOWN, strict=False):
+        rho = lines.loc[figure_module.NAMES[reading], "ρ"]
+        assert f"ρ = {rho:.2f} [" in axis.get_title(loc="left")
+
+
+@pytest.mark.parametrize("reading", figure_module.SHOWN)
+def test_right_is_less_locked(reading: str, tmp_path: Path) -> None:
+    axis = draw(NAME, read(NAME, tmp_path)).axes[list(figure_module.SHOWN).index(reading)]
+    assert axis.xaxis_inverted() == (figure_module.SHOWN[reading][2] < 0)
