@@ -97,6 +97,7 @@ def check(config: Config, data: Data) -> None:
     require(grid.rate_depth >= 6, "grid.rate_depth: at least 6 weight layers, for a slope over half of them")
     require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
     require(grid.train_width >= 8, "grid.train_width: at least 8 units: narrower chains die")
+    require(min(grid.seeds, grid.train_seeds) >= 2, "grid.seeds, grid.train_seeds: at least 2, for an interval")
     require(2 <= grid.samples <= len(data.test), f"grid.samples: 2 to {len(data.test)}, the test images")
     require(2 <= grid.calibration <= len(data.train), f"grid.calibration: 2 to {len(data.train)}, the training images")
 

@@ -59,9 +59,7 @@ def check(config: Config, data: Data) -> None:
     Raises: UserError naming the key.
     """
     grid, width = config.grid, config.model.width
-    require(
-        max(grid.code_widths) == width, f"grid.code_widths: at most {width}, the width, and {width} among them"
-    )
+    require(max(grid.code_widths) == width, f"grid.code_widths: at most {width}, the width, and {width} among them")
     require(len(set(grid.code_widths)) >= 2, "grid.code_widths: at least two widths")
     require(width <= grid.samples <= len(data.test), f"grid.samples: {width} (the width) to {len(data.test)} (the test images)")
     require(width >= data.classes, f"model.width: at least {data.classes}, the classes")

@@ -108,7 +108,7 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
         if pairs.empty:  # all diverged
             continue
         axis.plot(pairs["remedy"].map(places) + offset, pairs["gain"], **style, alpha=0.15, markersize=2)
-        found = gain_cells(pairs)
+        found = gain_cells(pairs).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
         half = [found["estimate"] - found["lo"], found["hi"] - found["estimate"]]
         style["markerfacecolor"] = colour if when == "trained" else "w"
         label = patient if when == "trained" else None
