@@ -1,6 +1,7 @@
 """Figure and table of forward_backward: four chains with both measures, one rate, and what each remedy gains either way."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,7 @@ def _rates(axis: Axes, rows: pd.DataFrame) -> None:
     rates = rows[rows["part"] == "rate"]
     for k, ((activation, weight_var, bias_var), nets) in enumerate(rates.groupby(["activation", "weight_var", "bias_var"])):
         wide = nets.pivot(index="net_seed", columns="quantity", values="value")
-        points = {"linestyle": "none", "marker": MARKERS[k], "color": f"C{k}"}
+        points: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k], "color": f"C{k}"}
         axis.plot(wide["backward_rate"], wide["forward_rate"], alpha=0.6, label=f"{activation}, σw²={weight_var:g}", **points)
         chi = np.log(mean_field.chi(activation, weight_var, bias_var))
         axis.axvline(chi, color=f"C{k}", linewidth=0.8, linestyle=":")
@@ -103,7 +104,7 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
     slots = [(patient, when) for patient in PATIENTS for when in ("initial", "trained")]
     for k, (patient, when) in enumerate(slots):
         colour, offset = f"C{k // 2}", (k - 2.5) * 0.14
-        style = {"linestyle": "none", "marker": MARKERS[k // 2], "color": colour}
+        style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": colour}
         pairs = gains.query("patient == @patient and when == @when")
         if pairs.empty:  # all diverged
             continue
@@ -111,7 +112,7 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
         found = gain_cells(pairs).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
         half = [found["estimate"] - found["lo"], found["hi"] - found["estimate"]]
         style["markerfacecolor"] = colour if when == "trained" else "w"
-        label = patient if when == "trained" else None
+        label = patient if when == "initial" else None
         axis.errorbar(found["remedy"].map(places) + offset, found["estimate"], half, **style, elinewidth=0.8, label=label)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(REMEDIES)), list(REMEDIES.values()))
@@ -119,4 +120,5 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom=bottom - 0.2 * (top - bottom))
-    axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)
+    if axis.get_legend_handles_labels()[0]:  # none where every training diverged
+        axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)
