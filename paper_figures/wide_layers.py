@@ -34,6 +34,7 @@ def draw(rows: pd.DataFrame) -> Figure:
             for cap in (classes - 1, largest):
                 axis.axhline(cap, color="k", linewidth=0.7, zorder=0)
             axis.set_yscale("log", base=2)
+            axis.legend(loc="center right")
         _against_batch(axes[5], pick(initial, "gradient_rank", width=widths.max()), classes)
     return figure
 
@@ -80,6 +81,8 @@ def _stable(axis: Axes, ranks: pd.DataFrame) -> None:
     for j, quantity in enumerate(RANKS):
         stable = pick(ranks, quantity.replace("_rank", "_stable_rank"))
         for k, (activation, nets) in enumerate(stable.groupby("activation")):
+            seeds = nets.groupby(["width", "net_seed"], as_index=False)["value"].mean()
+            axis.plot(seeds["width"], seeds["value"], linestyle="none", marker=MARKERS[j], color=f"C{k}", alpha=0.2, markersize=2)
             mean = nets.groupby("width")["value"].mean()
             label = f"{activation}" if j == 0 else None
             axis.plot(mean.index, mean, color=f"C{k}", linestyle=DASHES[j], marker=MARKERS[j], markersize=3, label=label)
