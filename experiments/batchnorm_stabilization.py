@@ -27,7 +27,6 @@ from src.plan import Work
 from src.rows import pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -81,17 +80,12 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    images = len(context.data.train)
-    along = planned_steps(config.training, images)
     return [
         Work(_gained(config), grid.seeds),
         *(Work(model, grid.seeds) for model in [*_varied(config), *_flowing(config)]),
         *(Work(model, grid.seeds * len(grid.batch_sizes)) for model in _rated(config)),
-        *(Work(model, grid.train_seeds, along) for model in [*_tracked(config), *_repaired(config)]),
-        *(
-            Work(model, grid.train_seeds, planned_steps(replace(config.training, batch_size=batch), images))
-            for batch, model in _deepened(config)
-        ),
+        *(Work(model, grid.train_seeds, context.steps()) for model in [*_tracked(config), *_repaired(config)]),
+        *(Work(model, grid.train_seeds, context.steps(replace(config.training, batch_size=batch))) for batch, model in _deepened(config)),
     ]
 
 

@@ -26,7 +26,6 @@ from src.plan import Work
 from src.prediction import association, association_gain, predict_left_out
 from src.rows import pick
 from src.statistics import Estimate, greatest, least
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -104,7 +103,7 @@ def check(config: Config, data: Data) -> None:
 
 def plan(context: Context) -> list[Work]:
     """What is certified and trained."""
-    steps = planned_steps(context.config.training, len(context.data.train))
+    steps = context.steps()
     return [Work(model, context.config.grid.seeds, steps, certified=True) for model in zoo(context.config)]
 
 

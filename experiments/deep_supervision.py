@@ -24,7 +24,7 @@ from src.models.exits import MultiExit
 from src.plan import Work
 from src.rows import pick
 from src.statistics import least, paired_difference, slope, t_interval
-from src.training.loop import evaluate, planned_steps
+from src.training.loop import evaluate
 from src.training.objectives import DeepSupervision, exit_losses
 from src.verdict import Verdict, cell, judge_forms
 
@@ -79,7 +79,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = planned_steps(config.training, len(context.data.train))
+    steps = context.steps()
     return [
         *(Work(model, grid.seeds) for model in _chains(config, grid.weight_vars, grid.depths)),
         Work(_severed(config), grid.seeds),
@@ -236,7 +236,7 @@ def _trainings(context: Context) -> Iterator[Row]:
 
 def _training(context: Context, model: ModelConfig, setting: Supervision, seed: int) -> Iterator[Row]:
     training, data = context.config.training, context.data
-    steps = planned_steps(training, len(data.train))
+    steps = context.steps()
     network = supervise(context, context.network(model, seed), model, setting.every, seed)
     where = {"part": "training", "heads": "random", **asdict(setting), **network_columns(model, seed)}
     early: list[Row] = []
@@ -287,7 +287,7 @@ def _published(context: Context) -> Iterator[Row]:
     """Convolutional nets with an exit at every stage, their weight the smallest and fading, to be held to the published error."""
     grid = context.config.grid
     setting = Supervision(min(grid.exit_weights), 1, "fading")
-    steps = planned_steps(context.config.training, len(context.data.train))
+    steps = context.steps()
     for model in context.progress(_convolutional(context.config), "convolutional nets"):
         for seed in range(grid.train_seeds):
             network = supervise(context, context.network(model, seed), model, setting.every, seed)

@@ -34,7 +34,7 @@ from src.models.exits import MultiExit
 from src.plan import Work
 from src.rows import pick
 from src.statistics import Estimate, slope, t_interval
-from src.training.loop import Objective, end_to_end, planned_steps
+from src.training.loop import Objective, end_to_end
 from src.training.objectives import DeepSupervision, exit_losses
 from src.verdict import INTERVAL, Verdict, cell, judge_forms
 
@@ -105,7 +105,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = planned_steps(config.training, len(context.data.train))
+    steps = context.steps()
     return [
         *(Work(model, grid.seeds) for model in [*_exhibited(config).values(), *_rated(config)]),
         *(Work(model, grid.train_seeds, steps) for _, _, model in _treated(config)),

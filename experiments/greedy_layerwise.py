@@ -105,17 +105,16 @@ def check(config: Config, data: Data) -> None:
 
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
-    config, images = context.config, len(context.data.train)
-    steps = planned_steps(config.training, images)
+    config = context.config
     return [
         *(Work(model, 2) for model in _models(config, "critical")),
         *(
-            Work(model, config.grid.train_seeds, steps)
+            Work(model, config.grid.train_seeds, context.steps())
             for chain in CHAINS
             for model in _models(config, chain)
             for _ in _rules(config, model)
         ),
-        *(Work(run.model, config.grid.train_seeds, planned_steps(_long(config), images)) for run in _published(context)),
+        *(Work(run.model, config.grid.train_seeds, context.steps(_long(config))) for run in _published(context)),
     ]
 
 
@@ -220,7 +219,7 @@ def _named(rule: Rule) -> str:
 
 def _turns(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig) -> list[tuple[Objective, int]]:
     """What is minimised, and for how many steps: as many in all by every rule."""
-    steps = planned_steps(training, len(context.data.train))
+    steps = context.steps(training)
     if rule.schedule == "simultaneous":
         return [(all_blocks, steps)]
     return [(OneBlock(index), share) for index, share in enumerate(shares(steps, len(model.blocks)))]

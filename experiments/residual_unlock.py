@@ -27,7 +27,6 @@ from src.plan import Work
 from src.rows import pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, exactly, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -70,7 +69,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = planned_steps(config.training, len(context.data.train))
+    steps = context.steps()
     return [
         *(Work(_dense(config, skip=skip, depth=grid.block_depth), 1, certified=True) for skip in SKIPS),
         *(Work(model, grid.certified_seeds, certified=True) for model in _blocked(config)),

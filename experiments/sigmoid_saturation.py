@@ -28,7 +28,6 @@ from src.plan import Work
 from src.rows import pick
 from src.saturation import activity, of_logistic_layer, slopes
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -90,7 +89,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    short = planned_steps(config.training, len(context.data.train))
+    short = context.steps()
     return [
         *(Work(model, grid.seeds, certified=True) for _, model in _saturating(config, depth=grid.rate_depth)),
         *(Work(model, grid.seeds) for model in _wide(config)),

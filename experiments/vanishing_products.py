@@ -26,7 +26,6 @@ from src.locking import gradient_profile
 from src.plan import Work
 from src.rows import pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -83,7 +82,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = planned_steps(config.training, len(context.data.train))
+    steps = context.steps()
     return [
         *(Work(model, grid.certified_seeds, certified=True) for model in _bounded(config)),
         *(Work(model, 1, certified=True) for _, model in _scaled(config)),

@@ -29,7 +29,6 @@ from src.plan import Work
 from src.rows import pick
 from src.spectrum import Spectrum, gram_spectrum, spectrum
 from src.statistics import greatest, paired_difference, t_interval
-from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, judge_forms
 
 Row = dict[str, Any]
@@ -66,7 +65,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = planned_steps(config.training, len(context.data.train))
+    steps = context.steps()
     return [*(Work(model, grid.seeds) for model in _models(config)), *(Work(model, grid.train_seeds, steps) for model in _models(config))]
 
 

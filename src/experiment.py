@@ -37,7 +37,7 @@ from src.plan import Work, describe
 from src.results import RunError, RunFolder
 from src.seeds import generator
 from src.tracking import Tracker, open_tracker
-from src.training.loop import Objective, Outcome, end_to_end, train
+from src.training.loop import Objective, Outcome, end_to_end, planned_steps, train
 from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
@@ -79,6 +79,10 @@ class Context:
         """The network, in place, with a linear exit at the named stages; the exits draw numbers of their own."""
         layers = Layers(model, self.generator("exits", seed))
         return with_exits(network, names, layers, self.data.shape, self.data.classes)
+
+    def steps(self, training: TrainingConfig | None = None) -> int:
+        """The steps that a training takes unless it diverges, as configured or otherwise."""
+        return planned_steps(training or self.config.training, len(self.data.train))
 
     def error_signals(self, network: nn.Sequential) -> dict[int, float]:
         """½ ln mean_n ‖g_l‖² of every stage l, over `grid.samples` test images, in float64; nats."""

@@ -52,7 +52,7 @@ def cli(
     from src import run
 
     monkeypatch.chdir(tmp_path)
-    for variable in ("HYDRA_FULL_ERROR", "OMP_WAIT_POLICY"):
+    for variable in ("HYDRA_FULL_ERROR", "OMP_NUM_THREADS"):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     caplog.set_level(logging.INFO)
 

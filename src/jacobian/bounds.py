@@ -49,7 +49,7 @@ GRAMS = 6
 POINTWISE = {"relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "hardswish",
              "hardsigmoid", "softplus", "relu6", "sin", "cos", "exp"}  # fmt: skip
 ADDING = {"add", "add_", "iadd", "sub", "sub_", "isub"}
-REARRANGING = {"flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "getitem", "clone", "dropout"}
+REARRANGING = {"flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "clone"}
 ACTIVATIONS = (
     nn.Tanh, nn.Sigmoid, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Hardswish,
     nn.Hardsigmoid,
@@ -104,7 +104,7 @@ class _Bounding(Interpreter):
         if n.op == "call_module":
             return _behind(self.submodules[str(n.target)], known[0], states[0])
         name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", "")
-        if name in ADDING:
+        if name in ADDING and not n.kwargs:  # alpha would scale a term
             return reduce(operator.add, known)
         if name == "cat":
             return reduce(Bounds.beside, known)
@@ -112,7 +112,7 @@ class _Bounding(Interpreter):
             return known[0] * math.inf
         if name in POINTWISE:
             return _pointwise(lambda z: self._at(n, z), known[0], states[0])
-        if name in REARRANGING:
+        if name in REARRANGING or (name == "getitem" and _picks_once(n.args[1])):
             return known[0]
         if name == "mean":
             return known[0] * math.sqrt(result[0].numel() / states[0][0].numel())
@@ -123,6 +123,11 @@ class _Bounding(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         call = self.call_method if n.op == "call_method" else self.call_function
         return call(n.target, (z, *args[1:]), kwargs)
+
+
+def _picks_once(index: Any) -> bool:
+    """Whether an index takes no entry twice, as a list of indices may."""
+    return all(isinstance(part, slice | int | None) or part is ... for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> Bounds:
@@ -140,7 +145,7 @@ def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> 
         return known * float((gain / (module.running_var + module.eps).sqrt()).max())
     if isinstance(module, nn.MaxPool2d):
         return known * math.sqrt(_overlap(module))
-    if isinstance(module, nn.AvgPool2d):
+    if isinstance(module, nn.AvgPool2d) and module.count_include_pad and not module.ceil_mode and module.divisor_override is None:
         return known * math.sqrt(_overlap(module) / math.prod(_pair(module.kernel_size)))
     if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         return known * (1 / math.sqrt(state[0, 0].numel()))
@@ -187,8 +192,9 @@ def norm_by_grams(matrices: Float[Tensor, "*batch m d"] | Complex[Tensor, "*batc
 
 
 def _overlap(pool: nn.MaxPool2d | nn.AvgPool2d) -> int:
-    """How many windows a pixel lies in at most."""
-    return math.prod(math.ceil(k / s) for k, s in zip(_pair(pool.kernel_size), _pair(pool.stride), strict=True))
+    """How many windows a pixel lies in at most: one a place in the window, and without gaps in it only those a stride apart."""
+    kernel, stride, dilation = (_pair(size) for size in (pool.kernel_size, pool.stride, getattr(pool, "dilation", 1)))
+    return math.prod(k if d > 1 else math.ceil(k / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
 def _pair(value: Any) -> tuple[int, int]:

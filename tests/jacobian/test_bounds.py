@@ -35,6 +35,8 @@ STAGES = {
     "norm": nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Sigmoid()),
     "plain norm": nn.BatchNorm2d(2, affine=False),
     "max pool": nn.MaxPool2d(3, stride=2, padding=1),
+    "gapped max pool": nn.MaxPool2d(3, stride=2, padding=1, dilation=2),
+    "slices": Function(lambda x, c: c(x)[:, 1:, ::2, None], CONV),
     "mean pool": nn.AvgPool2d(3, stride=1),
     "dense": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 5), nn.GELU(), nn.Dropout()),
     "residual": Residual(nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1)), nn.Identity(), nn.ReLU()),
@@ -87,6 +89,23 @@ def test_an_unknown_operation_leaves_the_norm_unbounded():
     assert bounds(nn.Sequential(nn.Linear(6, 6), nn.Softmax(1)).double().requires_grad_(False), x).norm.isinf().all()
     assert bounds(Function(lambda x: x * x), x).norm.isinf().all()
     assert bounds(Function(lambda x: x * x.tanh()), x).norm.isinf().all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.add(x, x.sin(), alpha=-5),
+        lambda x: x[:, [0, 0, 1]],
+        lambda x: functional.dropout(x, 0.9),
+        lambda x: functional.avg_pool2d(x, 2),
+        nn.AvgPool2d(2, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=1),
+        nn.AvgPool2d(3, stride=2, ceil_mode=True),
+    ],
+)
+def test_what_may_scale_or_repeat_an_entry_is_not_bounded_as_if_it_did_not(function):
+    stage = function if isinstance(function, nn.Module) else Function(function)
+    assert bounds(stage, normal(2, 2, 6, 6).double()).norm.isinf().all()
 
 
 @pytest.mark.parametrize("conv", [nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 5, padding=2), nn.Conv2d(4, 4, 3, padding=1, groups=4)])
