@@ -1,12 +1,16 @@
 """What every figure and table owes: the same bytes twice, rows left alone, labelled panels, a fallback called out, a table with numbers."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
+from paper_figures.__main__ import HERE
 from paper_figures.style import to_bytes
-from tests.experiments.measured import NAMES
+from src import rows as row_table
+from src.verdict import Verdict
+from tests.experiments.measured import NAMES, verdicts
 from tests.paper_figures.drawn import check_panels, draw, read
 
 
@@ -35,3 +39,17 @@ def test_the_table_is_drawn_from_the_rows_alone(name: str, tmp_path: Path) -> No
     assert not table.empty
     assert len(table.select_dtypes("number").columns) > 0
     assert rows.equals(read(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_verdicts_are_those_of_the_committed_rows(name: str) -> None:
+    reference = HERE / "reference"
+    rows = row_table.read(reference / f"{name}.parquet")
+    assert not rows["dirty"].any()
+    assert not rows["fallback"].any()
+    committed = [Verdict.of(entry) for entry in json.loads((reference / f"{name}.json").read_bytes())]
+    found = verdicts(name, rows).values()
+    assert [(entry.claim, entry.verdict, entry.n) for entry in found] == [(entry.claim, entry.verdict, entry.n) for entry in committed]
+    estimates = [entry.estimate for entry in committed if entry.estimate is not None]
+    # rounding differs from machine to machine
+    assert [entry.estimate for entry in found if entry.estimate is not None] == pytest.approx(estimates, rel=1e-6, abs=1e-9)
