@@ -104,7 +104,7 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is certified and trained."""
     steps = context.steps()
-    return [Work(model, context.config.grid.seeds, steps, certified=True) for model in zoo(context.config)]
+    return [Work(model, context.config.grid.seeds, steps, measuring=context.certify) for model in zoo(context.config)]
 
 
 def zoo(config: Config) -> list[ModelConfig]:

@@ -71,9 +71,9 @@ def plan(context: Context) -> list[Work]:
     config, grid = context.config, context.config.grid
     steps = context.steps()
     return [
-        *(Work(_dense(config, skip=skip, depth=grid.block_depth), 1, certified=True) for skip in SKIPS),
-        *(Work(model, grid.certified_seeds, certified=True) for model in _blocked(config)),
-        Work(_dense(config, depth=4), 1, certified=True),
+        *(Work(_dense(config, skip=skip, depth=grid.block_depth), 1, measuring=context.certify) for skip in SKIPS),
+        *(Work(model, grid.certified_seeds, measuring=context.certify) for model in _blocked(config)),
+        Work(_dense(config, depth=4), 1, measuring=context.certify),
         *(Work(model, grid.seeds) for model in [*_flowing(config), *_growing(config)]),
         *(Work(model, grid.train_seeds, steps) for model in _trained(config)),
     ]

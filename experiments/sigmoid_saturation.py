@@ -91,7 +91,7 @@ def plan(context: Context) -> list[Work]:
     config, grid = context.config, context.config.grid
     short = context.steps()
     return [
-        *(Work(model, grid.seeds, certified=True) for _, model in _saturating(config, depth=grid.rate_depth)),
+        *(Work(model, grid.seeds, measuring=context.certify) for _, model in _saturating(config, depth=grid.rate_depth)),
         *(Work(model, grid.seeds) for model in _wide(config)),
         *(Work(model, grid.seeds) for model in _mapped(config)),
         *(Work(model, grid.train_seeds, short) for _, model in _learning(config)),

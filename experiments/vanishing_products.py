@@ -84,9 +84,9 @@ def plan(context: Context) -> list[Work]:
     config, grid = context.config, context.config.grid
     steps = context.steps()
     return [
-        *(Work(model, grid.certified_seeds, certified=True) for model in _bounded(config)),
-        *(Work(model, 1, certified=True) for _, model in _scaled(config)),
-        *(Work(model, grid.seeds, certified=True) for model in _rated(config)),
+        *(Work(model, grid.certified_seeds, measuring=context.certify) for model in _bounded(config)),
+        *(Work(model, 1, measuring=context.certify) for _, model in _scaled(config)),
+        *(Work(model, grid.seeds, measuring=context.certify) for model in _rated(config)),
         Work(_hidden_net(config), grid.seeds),
         *(Work(model, grid.train_seeds, steps) for model in _short(config)),
     ]

@@ -180,6 +180,9 @@ class Grid:
     published_widths: list[Count] = UNSET  # units of the nets trained to a published accuracy; none where they are not trained
     published_epochs: Count = UNSET
     locked_decades: Positive = UNSET  # from which on a chain counts as locked
+    places: Depths = UNSET  # l of the layer that is the bottleneck
+    bottleneck_ranks: Counts = UNSET  # of that layer
+    code_widths: Counts = UNSET  # units of the code
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -22,14 +22,13 @@ from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from src import rows as row_table
-from src.chain import cut
+from src.certificate import Certificate, certify
 from src.config import Config, Criterion, ModelConfig, TrainingConfig
 from src.data.load import Data, Split, load
 from src.errors import UserError
-from src.locking import walk_back
+from src.locking import error_signals
 from src.models import build, calibrate
 from src.models.exits import MultiExit, with_exits
 from src.models.layers import Layers
@@ -86,9 +85,11 @@ class Context:
 
     def error_signals(self, network: nn.Sequential) -> dict[int, float]:
         """½ ln mean_n ‖g_l‖² of every stage l, over `grid.samples` test images, in float64; nats."""
-        inputs, targets = self.samples(self.data.test, self.config.grid.samples)
-        links = walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
-        return {link.index: link.signal.log_rms() for link in links}
+        return error_signals(network, *self.samples(self.data.test, self.config.grid.samples))
+
+    def certify(self, network: nn.Sequential) -> Certificate:
+        """The certificate of a network on `grid.samples` test images."""
+        return certify(network, *self.samples(self.data.test, self.config.grid.samples))
 
     def samples(self, split: Split, count: int) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """`count` images drawn without replacement, the same for every network, standardised; and their labels.

@@ -1,7 +1,7 @@
 """Gradient profile, severity, lock condition and saturation of a stage."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn.functional import cross_entropy
 
-from src.chain import Chain, require_finite
+from src.chain import BatchNormMode, Chain, cut, require_finite
 from src.errors import UserError
 from src.jacobian.materialised import parameter_gradients, transpose
 from src.spectrum import spectrum
+from src.statistics import slope
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,6 +102,21 @@ def walk_back(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, los
         signal = before
 
 
+def error_signals(
+    network: nn.Sequential, inputs: Float[Tensor, "n ..."], targets: Tensor, batch_norm: BatchNormMode = "eval"
+) -> dict[int, float]:
+    """½ ln mean_n ‖g_l‖² of every stage l under the cross-entropy, in float64; nats.
+
+    Args:
+        network: a chain.
+        inputs: H_0.
+        targets: classes, one a sample.
+        batch_norm: "train": the batch is one sample, g_l = ∂ℒ/∂H_l of its mean loss.
+    """
+    links = walk_back(cut(network, None, torch.float64, batch_norm), inputs.double(), targets, cross_entropy)
+    return {link.index: link.signal.log_rms() for link in links}
+
+
 def gradient_profile(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss) -> pd.DataFrame:
     """How the gradient goes back through a chain, without any singular value.
 
@@ -129,6 +146,20 @@ def gradient_profile(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tens
 def log_rms(log_norms: Float[Tensor, " n"]) -> float:
     """½ ln mean exp(2 log_norm)."""
     return float((2 * log_norms).logsumexp(0) - math.log(len(log_norms))) / 2
+
+
+def growth(signals: Mapping[int, float], last: int | None = None) -> float:
+    """The growth of the gradient on its way back: the slope of ln mean_n ‖g_l‖² against the distance L − l, over the deeper half.
+
+    Args:
+        signals: ½ ln mean_n ‖g_l‖² by the stage, l = 1 … L, nats.
+        last: the stage up to which the slope is taken, from L//2 on; None: L − 1, the last but the readout.
+
+    Returns: nats a layer.
+    """
+    depth = len(signals)
+    deep = range(depth // 2, last + 1 if last else depth)
+    return slope([depth - layer for layer in deep], [2 * signals[layer] for layer in deep]).value
 
 
 def _on_batch(loss: Loss) -> Loss:

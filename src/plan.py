@@ -5,25 +5,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from jaxtyping import Int64, UInt8
-from torch import Tensor, nn
+from torch import nn
 
-from src.certificate import certify
 from src.config import Config, ModelConfig
 from src.data.load import Data
 from src.models import build
 from src.seeds import generator
-from src.training.loop import end_to_end
+from src.training.loop import EVALUATED, end_to_end
 
 
 @dataclass(frozen=True)
 class Work:
-    """Networks of one architecture: how many are drawn, whether their Jacobians are written out, and the steps that each is trained."""
+    """Networks of one architecture.
+
+    Args:
+        model: the architecture.
+        networks: how many are drawn.
+        steps: that each is trained.
+        measuring: what else is done to each, to be timed on one; None: a pass forwards and backwards.
+    """
 
     model: ModelConfig
     networks: int
     steps: int = 0
-    certified: bool = False
+    measuring: Callable[[nn.Sequential], object] | None = None
 
 
 def networks_and_steps(plan: Sequence[Work]) -> tuple[int, int]:
@@ -40,40 +45,39 @@ def describe(plan: Sequence[Work], config: Config, data: Data) -> str:
 
 
 def estimated_seconds(plan: Sequence[Work], config: Config, data: Data) -> float:
-    """Σ networks · depth · (t_network + steps · t_step), t a layer.
+    """Σ networks · depth · (t_measuring + (steps + evaluations in units of a step) · t_step), t a layer.
 
-    Both are timed here, on the shallowest network of each kind: t_step on one batch, t_network on one image set of `grid.samples`, by a
-    certificate where Jacobians are written out, else by a pass forwards and backwards.
+    Both are timed here, on the shallowest network of each kind: t_step on one batch, t_measuring on what is measured. Of a training
+    step, a third is the pass forwards that an evaluation takes.
 
     Args:
         plan: the networks.
         config: the run's.
         data: what the networks are built for.
     """
+    size, images = config.training.batch_size, len(data.train)
+    evaluation = (len(data.test) + min(EVALUATED, images)) / size / 3
     kinds: dict[tuple[object, ...], list[Work]] = {}
     for work in plan:
-        kinds.setdefault((work.model.family, work.model.width, work.model.norm, work.certified), []).append(work)
+        kinds.setdefault((work.model.family, work.model.width, work.model.norm, work.measuring), []).append(work)
     seconds = 0.0
     for works in kinds.values():
         smallest = min((work.model for work in works), key=lambda model: model.depth)
         network = build(smallest, data.shape, data.classes, generator(config.seed, "plan")).to(data.mean.device)
-        batch = data.train.images[: config.training.batch_size], data.train.labels[: config.training.batch_size]
-        few = data.train.images[: config.grid.samples], data.train.labels[: config.grid.samples]
-        step = _timed(partial(_pass, network, data, *batch)) / smallest.depth
-        measured = _timed(partial(_certify, network, data, *few)) / smallest.depth if works[0].certified else step
-        seconds += sum(work.networks * work.model.depth * (measured + work.steps * step) for work in works)
+        step = _timed(partial(_pass, network, data, size)) / smallest.depth
+        measuring = works[0].measuring
+        measured = _timed(partial(measuring, network)) / smallest.depth if measuring else step
+        for work in works:
+            evaluations = 2 + work.steps // (images // size) if work.steps else 0
+            seconds += work.networks * work.model.depth * (measured + (work.steps + evaluations * evaluation) * step)
     return seconds
 
 
-def _pass(network: nn.Module, data: Data, images: UInt8[Tensor, "n c h w"], labels: Int64[Tensor, " n"]) -> None:
-    end_to_end(network, data.standardise(images), labels).backward()
+def _pass(network: nn.Module, data: Data, size: int) -> None:
+    end_to_end(network, data.standardise(data.train.images[:size]), data.train.labels[:size]).backward()
 
 
-def _certify(network: nn.Module, data: Data, images: UInt8[Tensor, "n c h w"], labels: Int64[Tensor, " n"]) -> None:
-    certify(network, data.standardise(images), labels)
-
-
-def _timed(action: Callable[[], None]) -> float:
+def _timed(action: Callable[[], object]) -> float:
     """The seconds of the second of two calls: the first warms up."""
     action()
     started = time.perf_counter()

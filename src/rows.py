@@ -1,8 +1,9 @@
 """Rows: one measurement a line, long format, units in the quantity's description; stored as Parquet."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -11,7 +12,13 @@ import pyarrow.parquet as pq
 from src.errors import UserError
 from src.results import read_status
 
+Row = dict[str, Any]
 DESCRIPTIONS = b"quantities"
+
+
+def measured(where: Row, **values: float) -> Iterator[Row]:
+    """A row for each quantity that was measured at one place."""
+    return ({"quantity": quantity, "value": value, **where} for quantity, value in values.items())
 
 
 def to_parquet(rows: pd.DataFrame, quantities: Mapping[str, str], stamp: Mapping[str, object]) -> bytes:

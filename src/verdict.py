@@ -4,7 +4,7 @@ A claim is tried in *cells*, one per condition: an estimate with its interval. A
 [at_least, at_most] when its whole interval is, outside when its whole interval is, and open when the interval straddles a limit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,23 @@ def cell(estimate: Estimate, **condition: object) -> dict[str, object]:
     return {**condition, "estimate": estimate.value, "lo": estimate.lo, "hi": estimate.hi, "n": estimate.n}
 
 
+def cells_by(rows: pd.DataFrame, keys: Sequence[str], estimate: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
+    """A cell for each group of rows that agree in the columns `keys`.
+
+    Args:
+        rows: with the columns `keys` and `value`; those that lack a key are in no group.
+        keys: what the cells differ in.
+        estimate: of the values of a group.
+
+    Returns: columns `keys`, then estimate, lo, hi, n; no row where there is no group.
+    """
+    groups = rows.groupby(list(keys))["value"]
+    return pd.DataFrame(
+        [cell(estimate(values), **dict(zip(keys, at, strict=True))) for at, values in groups],
+        columns=[*keys, *INTERVAL],
+    )
+
+
 def judge_forms(claim: str, criteria: Mapping[str, Criterion], cells: Mapping[str, pd.DataFrame]) -> list[Verdict]:
     """Judge every criterion of a claim on the cells of its name.
 
@@ -66,7 +83,8 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
     Without a condition the form speaks of every cell: it holds when all are inside, is refuted by one outside.
     With a condition it speaks of the cells that meet it: it is refuted by one of them outside; when all are inside it
     `holds_if` the condition provided a cell that does not meet it is outside, and holds when all others are inside too.
-    Whatever is open, and a form without cells, is inconclusive.
+    Whatever is open, and a form without cells, is inconclusive. Cells with a column `published`, the value found elsewhere, are all
+    told beside it, not only the one that decides.
 
     Args:
         claim: the claim's and the form's name, as printed.
@@ -105,7 +123,8 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
         return _verdict(claim, criterion, word, None, "no cell meets the condition: nothing was measured")
     worst = cells.loc[margin[deciding].idxmin()]
     role = "counterexample" if word == "refuted" else "worst"
-    evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {role}: {_describe(worst)}"
+    told = "; ".join(_describe(row) for _, row in cells.iterrows()) if "published" in cells else f"{role}: {_describe(worst)}"
+    evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {told}"
     if word == "holds_if":
         evidence += f"; where the condition fails: {_describe(cells.loc[margin[outside].idxmin()])}"
     return _verdict(claim, criterion, word, worst, evidence)

@@ -13,7 +13,18 @@ from torch.nn import functional
 from src.chain import cut
 from src.errors import UserError
 from src.jacobian.materialised import parameter_gradients
-from src.locking import ErrorSignal, gradient_profile, lock_condition, log_rms, loss_signal, saturation, severity, walk_back
+from src.locking import (
+    ErrorSignal,
+    error_signals,
+    gradient_profile,
+    growth,
+    lock_condition,
+    log_rms,
+    loss_signal,
+    saturation,
+    severity,
+    walk_back,
+)
 from tests.jacobian import naive
 from tests.jacobian.networks import FAMILIES, SMALL, dense, family, matrix_stage, normal, seeded, small
 
@@ -299,3 +310,36 @@ def test_relu_networks_saturate_by_their_inactive_units(name, norm, skip):
         inactive = counts[stage][: sum(isinstance(module, nn.ReLU) for module in stage.modules())]
         expected = torch.cat(inactive, 1).double().mean(1).tolist() if inactive else [math.nan] * 2
         assert saturation(stage, inputs).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_error_signals_of_a_network_are_root_mean_squares_over_the_samples(name):
+    model, x = small(name), normal(4, 1, 4, 4)
+    for index, value in error_signals(model, x, LABELS).items():
+        rows = naive.error_matrix(model, x, LABELS, functional.cross_entropy, index + 1) if index < len(model) else None
+        if rows is not None:
+            assert value == pytest.approx(math.log(np.square(rows).sum(1).mean()) / 2, rel=1e-10)
+
+
+def test_error_signals_under_batch_statistics_are_those_of_the_mean_loss_of_the_batch():
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Tanh()), nn.Linear(5, 3))
+    x = normal(4, 1, 4, 4)
+    twin = naive.as_measured(model).train()
+    hidden = twin[0](x.double()).detach().requires_grad_()
+    functional.cross_entropy(twin[1](hidden), LABELS).backward()
+    found = error_signals(model, x, LABELS, "train")
+    assert found[1] == pytest.approx(math.log(hidden.grad.norm()), rel=1e-10)
+    assert error_signals(model, x, LABELS)[1] != pytest.approx(found[1], rel=1e-3)
+
+
+@given(st.floats(-2, 2), st.integers(4, 30))
+def test_the_growth_of_a_geometric_gradient_is_its_rate(rate, depth):
+    signals = {layer: rate * (depth - layer) / 2 for layer in range(1, depth + 1)}
+    assert growth(signals) == pytest.approx(rate, abs=1e-9)
+    # the early half and the readout do not count, and with `last` nothing behind that
+    bent = {layer: value + 5 * (layer < depth // 2 or layer == depth) for layer, value in signals.items()}
+    assert growth(bent) == pytest.approx(rate, abs=1e-9)
+    if depth >= 6:
+        bent[depth - 1] += 3
+        assert growth(bent, last=depth - 2) == pytest.approx(rate, abs=1e-9)
+        assert growth(bent) != pytest.approx(rate, abs=1e-3)

@@ -28,7 +28,7 @@ def model(config: Config) -> ModelConfig:
 
 
 def test_networks_and_steps_are_summed(model: ModelConfig) -> None:
-    works = [Work(model, 3), Work(replace(model, depth=2), 2, steps=10), Work(model, 1, steps=5, certified=True)]
+    works = [Work(model, 3), Work(replace(model, depth=2), 2, steps=10), Work(model, 1, steps=5, measuring=len)]
     assert networks_and_steps(works) == (6, 25)
     assert networks_and_steps([]) == (0, 0)
 
@@ -36,15 +36,18 @@ def test_networks_and_steps_are_summed(model: ModelConfig) -> None:
 def test_the_estimate_is_linear_in_depth_networks_and_steps(
     model: ModelConfig, config: Config, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a pass of 4 s through the 4-layer net and a certificate of 8 s: 1 s and 2 s a layer."""
-    seconds = {"_pass": 4.0, "_certify": 8.0}
-    monkeypatch.setattr(plan, "_timed", lambda action: seconds[action.func.__name__])
+    """With a pass of 4 s through the 4-layer net, and 8 s for what is measured: 1 s and 2 s a layer."""
+    monkeypatch.setattr(plan, "_timed", lambda action: {plan._pass: 4.0, len: 8.0}[action.func])
     deep = replace(model, depth=12)
+    # 100 test and 256 training images, in batches of 64 a third of a step each; before, after and after each epoch of 4 steps
+    evaluations = (2 + 10 // 4) * (100 + 256) / 64 / 3
+    config = replace(config, training=replace(config.training, batch_size=64))
     assert estimated_seconds([Work(model, 1)], config, data) == 4
     assert estimated_seconds([Work(model, 1), Work(deep, 5)], config, data) == 4 + 5 * 12
-    assert estimated_seconds([Work(model, 2, steps=10)], config, data) == 2 * 4 * 11
-    assert estimated_seconds([Work(model, 2, certified=True)], config, data) == 2 * 8
-    assert estimated_seconds([Work(model, 2, steps=10, certified=True), Work(model, 1)], config, data) == 2 * (8 + 40) + 4
+    assert estimated_seconds([Work(model, 2, steps=10)], config, data) == pytest.approx(2 * 4 * (11 + evaluations))
+    assert estimated_seconds([Work(model, 2, measuring=len)], config, data) == 2 * 8
+    both = [Work(model, 2, steps=10, measuring=len), Work(model, 1)]
+    assert estimated_seconds(both, config, data) == pytest.approx(2 * (8 + 4 * (10 + evaluations)) + 4)
     assert estimated_seconds([], config, data) == 0
 
 
@@ -57,4 +60,4 @@ def test_the_plan_is_one_line(
 
 
 def test_it_is_timed_for_real(model: ModelConfig, config: Config, data: Data) -> None:
-    assert 0 < estimated_seconds([Work(model, 1, steps=1, certified=True)], config, data) < 60
+    assert 0 < estimated_seconds([Work(model, 1, steps=1, measuring=lambda network: list(network.parameters()))], config, data) < 60

@@ -41,6 +41,15 @@ def test_rows_come_back_bit_for_bit_with_their_stamp_and_their_descriptions(tmp_
     assert rows.attrs["quantities"] == QUANTITIES
 
 
+def test_a_row_for_each_quantity_measured_at_one_place() -> None:
+    rows = list(row_table.measured({"layer": 2, "kind": "plain"}, norm=1.5, rank=3.0))
+    assert rows == [
+        {"quantity": "norm", "value": 1.5, "layer": 2, "kind": "plain"},
+        {"quantity": "rank", "value": 3.0, "layer": 2, "kind": "plain"},
+    ]
+    assert list(row_table.measured({"layer": 2})) == []
+
+
 def test_the_same_rows_give_the_same_bytes() -> None:
     assert row_table.to_parquet(some_rows(), QUANTITIES, STAMP) == row_table.to_parquet(some_rows(), QUANTITIES, STAMP)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from src.config import Criterion
-from src.statistics import exactly, t_interval
-from src.verdict import Verdict, cell, decide, judge_forms, to_frame, to_table
+from src.statistics import exactly, greatest, t_interval
+from src.verdict import Verdict, cell, cells_by, decide, judge_forms, to_frame, to_table
 
 few = settings(max_examples=30, deadline=None)
 numbers = st.floats(-5, 5)
@@ -36,6 +36,17 @@ def word(intervals, chi=None, **limits):
 
 def test_a_cell_is_its_condition_and_its_estimate():
     assert cell(exactly(2.0), depth=3, kind="plain") == {"depth": 3, "kind": "plain", "estimate": 2.0, "lo": 2.0, "hi": 2.0, "n": 1}
+
+
+def test_cells_by_makes_one_cell_a_group_and_none_of_nothing():
+    rows = pd.DataFrame({"depth": [2, 2, 4, np.nan], "kind": ["a", "a", "b", "b"], "value": [1.0, 3.0, 5.0, 7.0]})
+    expected = [cell(greatest([1.0, 3.0]), depth=2, kind="a"), cell(greatest([5.0]), depth=4, kind="b")]
+    assert cells_by(rows, ["depth", "kind"], greatest).to_dict("records") == expected
+    assert cells_by(rows, ["kind"], lambda values: exactly(values.sum())).to_dict("list")["estimate"] == [4.0, 12.0]
+    nothing = cells_by(rows.iloc[:0], ["depth", "kind"], greatest)
+    assert nothing.empty
+    assert list(nothing) == ["depth", "kind", "estimate", "lo", "hi", "n"]
+    assert decide("claim/form", criterion(condition="depth > 2"), nothing).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,12 @@ def test_an_open_verdict_shows_the_cell_that_keeps_it_open():
     assert verdict.evidence == "1 of 3 cells inside; worst: chi=3: 1 [-1, 3], n=5"
     verdict = decide("claim/form", criterion(condition="chi < 2"), cells((1, 2), (-0.5, 3), (3, 4), chi=[1.0, 2.0, 3.0]))
     assert verdict.evidence == "1 of 1 cells inside; worst: chi=2: 1.25 [-0.5, 3], n=5"
+
+
+def test_published_values_are_all_told_beside_the_measured():
+    verdict = decide("claim/form", criterion(), cells((1, 2), (-3, -2), (5, 6), published=[1.25, 7.5, 5.5]))
+    told = "published=1.25: 1.5 [1, 2], n=5; published=7.5: -2.5 [-3, -2], n=5; published=5.5: 5.5 [5, 6], n=5"
+    assert (verdict.verdict, verdict.evidence) == ("refuted", f"2 of 3 cells inside; {told}")
 
 
 def test_no_cell_that_meets_the_condition_decides_nothing():
