@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -55,6 +55,8 @@ class Context:
     bars: Progress = field(default_factory=lambda: Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True))
     # random networks drawn and training steps done so far: what the plan foretold
     tally: Counter[str] = field(default_factory=Counter)
+    # wall time of every training by its name; no row holds it, for the same seed must give the same rows
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def generator(self, *purpose: str | int | float) -> torch.Generator:
         """The CPU generator of a purpose, derived from the root seed."""
@@ -134,7 +136,9 @@ class Context:
             if on_step:
                 on_step(step)
 
+        started = time.monotonic()
         outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective)
+        self.seconds[name] += time.monotonic() - started
         self.tracker.curve(name, outcome.history)
         return outcome
 
@@ -197,7 +201,8 @@ def _carry_out(experiment: Experiment, context: Context, folder: RunFolder) -> l
     folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
     verdicts = experiment.judge(rows, config.criteria)
     folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])
-    folder.write_json("provenance.json", {**provenance, "wall_time_s": round(time.monotonic() - started, 1)})
+    times = {"wall_time_s": round(time.monotonic() - started, 1), "training_seconds": {n: round(s, 3) for n, s in context.seconds.items()}}
+    folder.write_json("provenance.json", {**provenance, **times})
     drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
     style = importlib.import_module("paper_figures.style")
     folder.write("figure.png", style.to_bytes(drawing.draw(row_table.read(folder.path / "rows.parquet")), "png"))

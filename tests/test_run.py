@@ -76,6 +76,20 @@ def test_a_run_leaves_its_folder_and_tells_its_verdicts(cli: CommandLine, tiny: 
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_provenance_has_the_time_of_every_training(cli: CommandLine, tiny: Tiny) -> None:
+    def train_two(context: Context) -> pd.DataFrame:
+        for seed in range(2):
+            context.train(context.network(context.config.model, seed), f"seed {seed}", seed)
+        return table([1.0])
+
+    tiny.measures(train_two)
+    assert cli("experiment=tiny", "data.train_size=128", "data.test_size=100").code == 0
+    (folder,) = folders()
+    seconds = json.loads((folder / "provenance.json").read_text())["training_seconds"]
+    assert list(seconds) == ["seed 0", "seed 1"]
+    assert all(value > 0 for value in seconds.values())
+
+
 def test_a_finished_run_says_so_and_returns_its_verdicts(cli: CommandLine, tiny: Tiny) -> None:
     first = cli("experiment=tiny")
     again = cli("experiment=tiny", "device=cpu", "results_dir=./results")
