@@ -265,8 +265,8 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     kept = pick(rows, "kept_rank")
     longest = kept[kept["factors"] == kept["factors"].max()]
     cells = {
-        "chain_rule": cells_by(own, kind, greatest),
-        "operators": cells_by(pick(rows, "error"), ["batch_norm"], greatest),
+        "chain_rule": cells_by(own, ["batch_norm"], greatest),
+        "operators": cells_by(pick(rows, "error"), kind, greatest),
         "gradient_chain": cells_by(pick(rows, "error_without_parameters"), kind, greatest),
         "order": cells_by(pick(rows, "error_reversed"), ["norm", "activation"], least),
         "degenerates": _least_kept(longest),
