@@ -3,7 +3,8 @@
 Five dense layers without biases, one of them of rank r, under the mean softmax cross-entropy: on Gaussian inputs with 64 classes that take
 turns, 64 wide throughout, and on images with their own classes. The rank of every batch gradient over bottleneck place, rank, activation
 and batch size; per sample the rank of ∂H_L/∂H_k; both again along training, and with them where the weight updates go; what float32 makes
-of such a rank. All in float64; every rank is numerical, at a tolerance max(m, d)·ε·σ₁ that has a row beside it.
+of such a rank. All in float64; every rank is numerical, at a tolerance max(m, d)·ε·σ₁ that has a row beside it; where ∂H_L/∂H_k is held
+against its factors at max(m, d)·ε·∏‖J_l‖, to which it is known.
 
 The computed rank of a product may lie below its exact rank: the inequality is then met trivially. For ReLU chains the exact rank is known:
 conditional on the active sets the Gaussian weights are in general position, so it is the least number of active units.
@@ -31,7 +32,7 @@ from src.models import build
 from src.models.bottleneck import dense_layer, factorised, reduce_rank, replace_dense
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.spectrum import spectrum
+from src.spectrum import Spectrum, spectrum
 from src.statistics import Estimate, greatest, least, t_interval
 from src.verdict import INTERVAL, Verdict, cell, cells_by, judge_forms
 
@@ -111,9 +112,14 @@ def plan(context: Context) -> list[Work]:
 
 
 def measure(context: Context) -> pd.DataFrame:
-    """Measure every part of the claim; one row a measurement."""
+    """Measure every part of the claim; one row a measurement.
+
+    Raises: UserError when every training diverged.
+    """
     parts = (_example, _neighbours, _precision, _trainings)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    rows = pd.DataFrame([row for part in parts for row in part(context)])
+    require("updates" in set(rows["part"]), f"training.lr: lower than {context.config.training.lr:g}, at which every training diverged")
+    return rows
 
 
 def _model(config: Config, kind: str, depth: int = DEPTH, width: int | None = None) -> ModelConfig:
@@ -190,11 +196,13 @@ def _gradient_ranks(network: nn.Sequential, inputs: Tensor, targets: Tensor, whe
 def _jacobian_ranks(network: nn.Sequential, inputs: Tensor, where: Row) -> Iterator[Row]:
     """The rank of J_l, and of ∂H_L/∂H_{l−1} against the least rank of its factors, of every sample."""
     through: Tensor | None = None
-    bound = torch.full((len(inputs),), torch.inf, device=inputs.device)
+    bound, norms = inputs.new_full((len(inputs),), torch.inf), inputs.new_ones(len(inputs))
     for layer, J in reversed([*enumerate(jacobians(network, inputs), start=1)]):
         through = J if through is None else through @ J
-        factor, whole = spectrum(J), spectrum(through)
-        bound = torch.minimum(bound, factor.rank)
+        factor = spectrum(J)
+        bound, norms = torch.minimum(bound, factor.rank), norms * factor.norm
+        # a product is rounded in units of its factors' norms, which its own may fall far short of
+        whole = Spectrum(spectrum(through).values, max(through.shape[-2:]) * torch.finfo(norms.dtype).eps * norms)
         at, before = {"layer": layer, **where}, {"layer": layer - 1, **where}
         yield from measured(at, jacobian_rank=float(factor.rank.max()), jacobian_tolerance=float(factor.tolerance.max()))
         yield from measured(before, product_excess=float((whole.rank - bound).max()), product_tolerance=float(whole.tolerance.max()))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.rank_bottleneck import EXAMPLE, EXAMPLE_BATCH, MODES, NETS, SETTING, UNTRAINED, span
+from experiments.rank_bottleneck import EXAMPLE, EXAMPLE_BATCH, MODES, NETS, SETTING, SOURCES, UNTRAINED, span
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
 
@@ -18,6 +18,8 @@ PLACE, RANK = EXAMPLE["place"], EXAMPLE["rank"]
 # the nets often coincide: ReLU a broad pale line, the others narrow on it
 BREADTH = {"linear": 1.2, "relu": 3.5, "tanh": 1.2}
 NUDGE = {"linear": -0.2, "relu": 0.0, "tanh": 0.2}
+COLOUR = {activation: f"C{k}" for k, activation in enumerate(NETS)}
+MARKER = dict(zip(NETS, MARKERS, strict=False))
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -53,14 +55,14 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         layers = {f"∇W_{layer:.0f}": span(values) for layer, values in ranks.groupby("layer")["value"]}
         measured = {"tolerance": pick(nets, "gradient_tolerance")["value"].max(), "nets": ranks["net_seed"].nunique()}
         lines.append({"part": part, **dict(zip(SETTING, at, strict=True)), "batch": ranks["batch"].iloc[0], **layers, **measured})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).astype(dict.fromkeys(["place", "rank", "steps", "batch"], int))
 
 
 def _by_layer(axis: Axes, ranks: pd.DataFrame, what: str) -> None:
     """Rank ∇W_l of every net, each at the side of its layer."""
-    for k, activation in enumerate(NETS):
-        nets = ranks[ranks["activation"] == activation]
-        axis.plot(nets["layer"] + NUDGE[activation], nets["value"], MARKERS[k], color=f"C{k}", alpha=0.5, label=activation)
+    for activation, nets in ranks.groupby("activation"):
+        place = nets["layer"] + NUDGE[activation]
+        axis.plot(place, nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.5, label=activation)
     axis.axhline(RANK, color="k", linewidth=0.9, linestyle="--")
     axis.axvspan(PLACE - 0.4, PLACE + 0.4, color="0.92", zorder=0)
     axis.annotate(f"$W_{PLACE}$: rank {RANK}", (PLACE, 33), fontsize=6.5, ha="center", rotation=90)
@@ -71,11 +73,11 @@ def _by_layer(axis: Axes, ranks: pd.DataFrame, what: str) -> None:
 
 def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
     """Rank ∇W_1 of every net against r or N, its mean a line; images dashed, the bound as stated black."""
-    for k, activation in enumerate(NETS):
-        for dash, (_, nets) in zip(DASHES, ranks[ranks["activation"] == activation].groupby("source"), strict=False):
-            axis.plot(nets[column], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
-            mean = nets.groupby(column)["value"].mean()
-            axis.plot(mean.index, mean, color=f"C{k}", linestyle=dash, linewidth=BREADTH[activation], alpha=0.7)
+    dashes = dict(zip(SOURCES, DASHES, strict=False))
+    for (activation, source), nets in ranks.groupby(["activation", "source"]):
+        axis.plot(nets[column], nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.4, markersize=3)
+        mean = nets.groupby(column)["value"].mean()
+        axis.plot(mean.index, mean, dashes[source], color=COLOUR[activation], linewidth=BREADTH[activation], alpha=0.7)
     bound = ranks.groupby(column)["rank"].first()
     axis.plot(bound.index, bound, color="k", linewidth=0.9, label="as stated: ≤ r")
     axis.set_xscale("log", base=2)
@@ -87,16 +89,15 @@ def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
 def _outside(axis: Axes, rows: pd.DataFrame) -> None:
     """The share of every net's update of W_1 outside; its geometric mean a line."""
     shares = pick(rows, "outside", layer=1)
-    for k, activation in enumerate(NETS):
-        for dash, mode in zip(DASHES, MODES, strict=False):
-            nets = shares[(shares["activation"] == activation) & (shares["trained"] == mode)]
-            values = nets["value"].clip(lower=ROUNDING)
-            mean = np.exp(np.log(values).groupby(nets["steps"]).mean())
-            axis.plot(nets["steps"], values, ".", color=f"C{k}", alpha=0.3, markersize=2)
-            axis.plot(mean.index, mean, linestyle=dash, color=f"C{k}")
+    dashes = dict(zip(MODES, DASHES, strict=False))
+    for (activation, mode), nets in shares.groupby(["activation", "trained"]):
+        values = nets["value"].clip(lower=ROUNDING)
+        mean = np.exp(np.log(values).groupby(nets["steps"]).mean())
+        axis.plot(nets["steps"], values, ".", color=COLOUR[activation], alpha=0.3, markersize=2)
+        axis.plot(mean.index, mean, dashes[mode], color=COLOUR[activation])
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.set(xlabel="training step", ylabel=r"share of $\Delta W_1$ in frozen directions", ylim=(1e-34, 1e3))
+    axis.set_yscale("log")
     title(axis, "updates below $W_3$")
 
 
