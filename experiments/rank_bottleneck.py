@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import skip_init
@@ -80,7 +80,7 @@ def check(config: Config, data: Data) -> None:
 
     Raises: UserError naming the key.
     """
-    grid, width = config.grid, config.model.width
+    grid, width, training = config.grid, config.model.width, config.training
     require(EXAMPLE["rank"] <= width <= CLASSES, f"model.width: {EXAMPLE['rank']} (the rank that is trained) to {CLASSES} (the inputs)")
     require(all(2 <= place <= DEPTH for place in grid.places), f"grid.places: layers 2 to {DEPTH}: no layer is below the first")
     require(EXAMPLE["place"] in grid.places, f"grid.places: {EXAMPLE['place']} among them, the place that is trained")
@@ -88,6 +88,9 @@ def check(config: Config, data: Data) -> None:
     require(EXAMPLE["rank"] in grid.bottleneck_ranks, f"grid.bottleneck_ranks: {EXAMPLE['rank']} among them, the rank that is trained")
     require(max(grid.batch_sizes) <= len(data.train), f"grid.batch_sizes: at most {len(data.train)}, the training images")
     require(grid.samples <= max(grid.batch_sizes), "grid.samples: at most the largest of grid.batch_sizes")
+    require(training.optimizer == "sgd", "training.optimizer: sgd, whose updates are sums of gradients")
+    require(training.weight_decay == 0, "training.weight_decay: 0, so that the updates are sums of gradients")
+    require(training.precision == "float32", "training.precision: float32, which leaves the float64 of these nets as it is")
 
 
 def plan(context: Context) -> list[Work]:
@@ -232,7 +235,7 @@ def _precision(context: Context) -> Iterator[Row]:
                 yield from measured(at, product_rank=float(rank), product_tolerance=tolerance)
 
 
-def active_units(network: nn.Sequential, inputs: Tensor) -> Tensor:
+def active_units(network: nn.Sequential, inputs: Tensor) -> Int64[Tensor, " n"]:
     """The least number of positive units of any hidden layer, of every sample."""
     states = cut(network, None, torch.float64, "eval").states(inputs)[1:-1]
     return torch.stack([(state > 0).sum(1) for state in states]).amin(0)

@@ -573,6 +573,9 @@ def test_the_grid_at_paper_is_the_one_asked_for() -> None:
         ("grid.bottleneck_ranks=[1,2]", "grid.bottleneck_ranks: 4 among them"),
         ("grid.batch_sizes=[1,641]", "grid.batch_sizes: at most 640"),
         ("grid.samples=257", "grid.samples: at most the largest"),
+        ("training.optimizer=adam", "training.optimizer: sgd"),
+        ("training.weight_decay=0.1", "training.weight_decay: 0"),
+        ("training.precision=bf16", "training.precision: float32"),
     ],
 )
 def test_a_grid_that_cannot_be_measured_is_refused(override: str, key: str) -> None:
