@@ -115,25 +115,28 @@ def objective(network: MultiExit, alpha: float, fading: int | None = None) -> De
     return DeepSupervision(dict.fromkeys(network.exits, alpha), fading)
 
 
-def gradient_rows(context: Context, network: MultiExit, alpha: float, where: Row) -> Iterator[Row]:
+def gradient_rows(context: Context, network: MultiExit, weights: Sequence[float], where: Row) -> Iterator[Row]:
     """Yield the norms of ∇θ_1 of the first exit's loss, of the rest, of the chain's own and of all together, and the first two's cosine.
 
-    Each is a gradient of its own in float64, the last of the objective as it is trained.
+    For every weight α of the exits, in float64. The whole is the gradient of the objective as it is trained, not the sum of its parts.
     """
     images, labels = context.samples(context.data.train, context.config.grid.samples)
     twin = copy.deepcopy(network).double().eval()
     first, *others, final = exit_losses(twin, images.double(), labels).values()
-    losses = {
-        "direct": alpha * first,
-        "rest": final + alpha * sum(others),
-        "final": final,
-        "total": objective(twin, alpha)(twin, images.double(), labels),
-    }
-    gradients = {quantity: _first_stage_gradient(twin, loss) for quantity, loss in losses.items()}
-    norms = {quantity: gradient.norm() for quantity, gradient in gradients.items()}
-    yield from measured(where, **{quantity: float(norm.log()) for quantity, norm in norms.items()})
-    if norms["direct"] > 0 and norms["rest"] > 0:
-        yield from measured(where, cosine=float(gradients["direct"] @ gradients["rest"] / (norms["direct"] * norms["rest"])))
+    of_first, of_later, of_final = (_first_stage_gradient(twin, loss) for loss in (first, sum(others, final), final))
+    for alpha in weights:
+        total = objective(twin, alpha)(twin, images.double(), labels)
+        gradients = {
+            "direct": alpha * of_first,
+            "rest": alpha * of_later + (1 - alpha) * of_final,
+            "final": of_final,
+            "total": _first_stage_gradient(twin, total),
+        }
+        norms = {quantity: gradient.norm() for quantity, gradient in gradients.items()}
+        at = {**where, "alpha": alpha}
+        yield from measured(at, **{quantity: float(norm.log()) for quantity, norm in norms.items()})
+        if norms["direct"] > 0 and norms["rest"] > 0:
+            yield from measured(at, cosine=float(gradients["direct"] @ gradients["rest"] / (norms["direct"] * norms["rest"])))
 
 
 def _first_stage_gradient(network: MultiExit, loss: Tensor) -> Tensor:
@@ -155,8 +158,7 @@ def _of_every_setting(context: Context, network: nn.Sequential, model: ModelConf
     grid = context.config.grid
     for every in [every for every in grid.exit_spacings if every < len(network)]:
         supervised = supervise(context, network, model, every, seed)
-        for alpha in grid.exit_weights:
-            yield from gradient_rows(context, supervised, alpha, {**where, "alpha": alpha, "every": every})
+        yield from gradient_rows(context, supervised, grid.exit_weights, {**where, "every": every})
 
 
 def _severed(config: Config) -> ModelConfig:
@@ -170,10 +172,8 @@ def _severed_chains(context: Context) -> Iterator[Row]:
         network = context.network(model, seed)
         weight, _ = network[1].parameters()
         nn.init.zeros_(weight)
-        supervised = supervise(context, network, model, 1, seed)
-        for alpha in (0.0, *grid.exit_weights):
-            where = {"part": "severed", "alpha": alpha, "every": 1, **network_columns(model, seed)}
-            yield from gradient_rows(context, supervised, alpha, where)
+        where = {"part": "severed", "every": 1, **network_columns(model, seed)}
+        yield from gradient_rows(context, supervise(context, network, model, 1, seed), (0.0, *grid.exit_weights), where)
 
 
 def _two_stages(config: Config) -> ModelConfig:
@@ -277,7 +277,7 @@ def _training(context: Context, model: ModelConfig, setting: Supervision, seed: 
 def _along_training(context: Context, network: MultiExit, setting: Supervision, where: Row, when: str) -> Iterator[Row]:
     """∇θ_1 at a moment of a training with constant weights."""
     if setting.schedule == "constant":
-        yield from gradient_rows(context, network, setting.alpha, {**where, "when": when})
+        yield from gradient_rows(context, network, [setting.alpha], {**where, "when": when})
 
 
 def describe(setting: Supervision) -> str:

@@ -105,7 +105,7 @@ def supervised(lab: Context, depth: int, every: int = 1, **changes: object) -> t
 
 
 def measured(lab: Context, network: MultiExit, alpha: float) -> dict[str, float]:
-    return {row["quantity"]: row["value"] for row in claim.gradient_rows(lab, network, alpha, {})}
+    return {row["quantity"]: row["value"] for row in claim.gradient_rows(lab, network, [alpha], {})}
 
 
 def by_hand(lab: Context, network: MultiExit) -> list[np.ndarray]:
