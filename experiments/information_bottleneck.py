@@ -3,8 +3,8 @@
 A code c = φ(V h + b) of r units is put into the middle of an MLP. Against r are measured, untrained and trained: the rank of the error
 signals of a batch just before V and further below, how much of their energy lies outside r directions, and how much energy arrives there,
 with fan-in scaled Gaussian and with orthogonal weights. Then accuracy, with the code, and with a wide code before which the gradient alone
-is filtered to r directions, the state passing whole: the one compresses both ways, the other backwards only. Filtered to no direction at
-all, the layers below stay as they were drawn: that is the control.
+is filtered to r random directions, its energy kept and the state passing whole: the one compresses both ways, the other backwards only.
+Filtered to no direction at all, the layers below stay as they were drawn: that is the control.
 
 What rank a code leaves is a matter of its width, what energy a matter of the scale of its weights: V and U behind it keep E‖VᵀUᵀg‖² =
 dr·Var(V)Var(U)‖g‖², all of it with variances 1/fan-in, and (r/d)‖g‖² where V and U are orthogonal.

@@ -1,5 +1,6 @@
 """Bottlenecks in a chain: a dense layer of low rank, a code narrower than its neighbours, and a filter on the gradient alone."""
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -81,11 +82,11 @@ def before(chain: nn.Sequential, name: str, added: str, part: nn.Module) -> nn.S
 
 
 class GradientFilter(nn.Module):
-    """The identity forwards, g ↦ QQᵀg backwards, Q an orthonormal basis of `rank` random directions.
+    """The identity forwards, g ↦ √(d/r) QQᵀg backwards, Q an orthonormal basis of `rank` random directions: E‖g‖² stays as it is.
 
     Args:
         width: d.
-        rank: r, 0 to d.
+        rank: r, 0 to d; to no direction the gradient is 0.
         generator: draws the directions, on the CPU.
     """
 
@@ -95,8 +96,9 @@ class GradientFilter(nn.Module):
         super().__init__()
         Q, _ = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))
         self.register_buffer("directions", Q.float())
+        self.gain = math.sqrt(width / max(rank, 1))
 
     def forward(self, state: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """The state, its gradient filtered."""
-        passed = state @ self.directions @ self.directions.T
+        passed = self.gain * (state @ self.directions @ self.directions.T)
         return state.detach() + (passed - passed.detach())

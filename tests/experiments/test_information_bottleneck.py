@@ -257,7 +257,7 @@ def test_a_filter_to_no_direction_leaves_the_layers_below_as_drawn(lab: Context)
 
 
 def test_a_filter_changes_the_gradient_of_the_layers_below_only(lab: Context) -> None:
-    """The same net as with the wide code: the same outputs, the same gradients from the code on, QQᵀg_2 before it."""
+    """The same net as with the wide code: the same outputs, the same gradients from the code on, √(16/4) QQᵀg_2 before it."""
     model = claim._model(lab.config, "relu")
     plain, narrowed = claim.coded(lab, model, 16, 0), claim.filtered(lab, model, 4, 0)
     inputs, targets = lab.samples(lab.data.test, 70)
@@ -269,7 +269,7 @@ def test_a_filter_changes_the_gradient_of_the_layers_below_only(lab: Context) ->
         assert same == (not name.startswith(("layer1", "layer2"))), name
     g, filtered = naive_signals(lab, plain), naive_signals(lab, narrowed)
     Q = narrowed.filter.directions.double().numpy()
-    np.testing.assert_allclose(filtered[2], g[2] @ Q @ Q.T, atol=1e-12)
+    np.testing.assert_allclose(filtered[2], 2 * g[2] @ Q @ Q.T, atol=1e-12)
     assert naive.rank(filtered[2]) == 4
 
 

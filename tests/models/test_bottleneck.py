@@ -110,9 +110,17 @@ def test_a_filter_leaves_the_state_and_projects_the_gradient(chain: nn.Sequentia
         return torch.autograd.grad(loss, state)[0]
 
     filtered = gradient(gradient_filter)
-    torch.testing.assert_close(filtered, gradient() @ Q @ Q.T)
+    torch.testing.assert_close(filtered, (12 / max(rank, 1)) ** 0.5 * gradient() @ Q @ Q.T)
     # exactly of rank r, not only up to float32
     assert torch.linalg.matrix_rank(filtered) == min(rank, 4 if rank < 12 else 12)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_a_filter_keeps_the_energy_of_directions_drawn_at_random(rank: int) -> None:
+    """Over all g of unit length the mean ‖√(d/r) QQᵀg‖² = (d/r) ‖QQᵀ‖²_F/d = 1."""
+    state = torch.zeros(12, 12, requires_grad=True)
+    (filtered,) = torch.autograd.grad(GradientFilter(12, rank, generator(0, "filter"))(state), state, torch.eye(12))
+    assert float(filtered.square().sum()) / 12 == pytest.approx(1, rel=1e-6)
 
 
 def test_a_stage_more_stands_before_the_named_one(chain: nn.Sequential, images: torch.Tensor) -> None:
