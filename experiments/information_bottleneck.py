@@ -6,8 +6,8 @@ with fan-in scaled Gaussian and with orthogonal weights. Then accuracy, with the
 is filtered to r random directions, its energy kept and the state passing whole: the one compresses both ways, the other backwards only.
 Filtered to no direction at all, the layers below stay as they were drawn: that is the control.
 
-What rank a code leaves is a matter of its width, what energy a matter of the scale of its weights: V and U behind it keep E‖VᵀUᵀg‖² =
-dr·Var(V)Var(U)‖g‖², all of it with variances 1/fan-in, and (r/d)‖g‖² where V and U are orthogonal.
+What rank a code leaves is a matter of its width; what energy, of the scale of its weights: through V and the weights U that read the code
+comes E‖VᵀUᵀg‖² = d r Var(V) Var(U) ‖g‖², all of it where the variances are 1/fan-in, (r/d)‖g‖² where both are orthogonal.
 
 Binned mutual information is no evidence here: in a deterministic net it measures how states contract into bins, not how gradients flow
 (Saxe et al. 2018; Goldfeld et al. 2019), and is not used.
@@ -76,6 +76,7 @@ def check(config: Config, data: Data) -> None:
     )
     require(width <= grid.samples <= len(data.test), f"grid.samples: {width} (the width) to {len(data.test)} (the test images)")
     require(width >= data.classes, f"model.width: at least {data.classes}, the classes")
+    require(grid.seeds >= 2, "grid.seeds: at least 2, for an interval of the mean energies")
 
 
 def plan(context: Context) -> list[Work]:
@@ -83,9 +84,8 @@ def plan(context: Context) -> list[Work]:
     config, grid = context.config, context.config.grid
 
     def measuring(network: nn.Sequential) -> list[Row]:
-        return list(
-            _signals(context, with_code(network, READER, config.model.width, Layers(config.model, context.generator("plan"))), 0, {})
-        )
+        widest = with_code(network, READER, config.model.width, Layers(config.model, context.generator("plan")))
+        return list(_signals(context, widest, config.model.width, {}))
 
     codes, filters = len(grid.code_widths), len(_filters(config))
     return [
@@ -157,7 +157,7 @@ def _signals(context: Context, network: nn.Sequential, width: int, where: Row) -
     for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
         energy[link.name] = float((2 * link.signal.log_norm).exp().sum())
         if link.name == "code":
-            yield from measured(where, live_units=float(structural_rank(csr_array(link.stage(link.inputs).cpu()))))
+            yield from measured(where, live_units=float(structural_rank(csr_array(link.stage(link.inputs).cpu().numpy()))))
         if link.index <= BELOW:
             s = spectrum(link.signal.relative())
             outside = (s.values[width:].square().sum() / s.values.square().sum()).nan_to_num()
@@ -211,7 +211,8 @@ def _against_prediction(rows: pd.DataFrame, init: str) -> pd.DataFrame:
     cells = []
     for (activation, nets), code in product(kept.groupby("activation"), codes):
         pairs = nets[[code, width]] / [PREDICTED[init](code / width), 1]
-        cells.append(cell(jackknife(lambda kept: kept[:, 0].mean() / kept[:, 1].mean(), pairs), activation=activation, code=code))
+        ratio = jackknife(lambda energies: energies[:, 0].mean() / energies[:, 1].mean(), pairs)
+        cells.append(cell(ratio, activation=activation, code=code))
     return pd.DataFrame(cells)
 
 

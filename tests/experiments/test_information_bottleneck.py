@@ -94,7 +94,15 @@ def test_exact_statements_come_out_on_real_rows() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["grid.code_widths=[16]", "grid.code_widths=[16,4]", "grid.code_widths=[4,8]", "grid.samples=8", "grid.samples=101", "model.width=8"],
+    [
+        "grid.code_widths=[16]",
+        "grid.code_widths=[16,4]",
+        "grid.code_widths=[4,8]",
+        "grid.samples=8",
+        "grid.samples=101",
+        "model.width=8",
+        "grid.seeds=1",
+    ],
 )
 def test_a_grid_that_cannot_be_measured_is_refused(override: str) -> None:
     codes = ("grid.code_widths=[4,8]",) if override.startswith("model") else ()
@@ -271,6 +279,14 @@ def test_a_filter_changes_the_gradient_of_the_layers_below_only(lab: Context) ->
     Q = narrowed.filter.directions.double().numpy()
     np.testing.assert_allclose(filtered[2], 2 * g[2] @ Q @ Q.T, atol=1e-12)
     assert naive.rank(filtered[2]) == 4
+
+
+def test_codes_that_are_all_wide_leave_nothing_to_explain_and_single_trainings_no_interval() -> None:
+    rows = small_rows(NAME)
+    found = verdicts(NAME, rows[(rows["code"] >= 12) & ~((rows["net_seed"] == 1) & (rows["when"] == "trained"))])
+    assert found["filter_explains"].verdict == "inconclusive"
+    assert found["wide_code"].verdict == "inconclusive"
+    assert found["rank_before_code"].verdict == "holds"
 
 
 def test_exponents_are_paired_by_seed_and_leave_out_codes_that_died() -> None:
