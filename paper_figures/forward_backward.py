@@ -89,6 +89,7 @@ def _signals(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "error_signal", lambda profile: (profile.iloc[-1] - profile) / np.log(10))
     _threshold(axis, rows)
     axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("‖g_{L−1}‖/‖g_l‖ (decades)")
     title(axis, "loss of gradient; locked above ···")
 
@@ -97,6 +98,7 @@ def _dimensions(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "participation", lambda profile: profile)
     _ranks(axis, rows, "state_rank")
     axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("directions of the states")
     title(axis, "participation ratio; markers: rank")
 
@@ -112,21 +114,21 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
     remedies = [remedy for remedy in REMEDIES if remedy != "plain"]
     for k, (patient, when) in enumerate((patient, when) for patient in PATIENTS for when in MOMENTS):
         pairs = gains.query("patient == @patient and when == @when")
-        if pairs.empty:  # all diverged
+        places = {remedy: place + (k - 2.5) * 0.14 for place, remedy in enumerate(remedies)}
+        style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": f"C{k // 2}"}
+        for remedy in [remedy for remedy in remedies if remedy not in set(pairs["remedy"])]:
+            axis.plot(places[remedy], 0, color=style["color"], marker="x")
+        if pairs.empty:
             continue
-        colour, offset = f"C{k // 2}", (k - 2.5) * 0.14
-        style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": colour}
-        axis.plot(pairs["remedy"].map(remedies.index) + offset, pairs["value"], **style, alpha=0.15, markersize=2)
+        axis.plot(pairs["remedy"].map(places), pairs["value"], **style, alpha=0.15, markersize=2)
         found = cells_by(pairs, ["remedy"], t_interval).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
         half = [found["estimate"] - found["lo"], found["hi"] - found["estimate"]]
-        style["markerfacecolor"] = colour if when == "trained" else "w"
-        label = patient if when == "initial" else None
-        axis.errorbar(found["remedy"].map(remedies.index) + offset, found["estimate"], half, **style, elinewidth=0.8, label=label)
+        style |= {"markerfacecolor": style["color"] if when == "trained" else "w", "label": patient if when == "initial" else None}
+        axis.errorbar(found["remedy"].map(places), found["estimate"], half, **style, elinewidth=0.8)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(remedies)), [REMEDIES[remedy] for remedy in remedies])
-    axis.set(xlabel="remedy (open: before training, full: after)", ylabel="gain over plain (decades)")
+    axis.set(xlabel="open: before training, full: after, ×: all diverged", ylabel="gain over plain (decades)")
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom=bottom - 0.2 * (top - bottom))
-    if axis.get_legend_handles_labels()[0]:  # none where every training diverged
-        axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)
+    axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)

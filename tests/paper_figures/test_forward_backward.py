@@ -47,8 +47,11 @@ def test_the_table_has_accuracies_and_counts_what_diverged(tmp_path: Path) -> No
 
 def test_trainings_that_diverged_leave_a_gap(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
-    for lost in ("skip", "plain"):
+    for lost, pairs in (("skip", 1), ("plain", len(NAMES))):
         gone = (rows["when"] == "trained") & (rows["remedy"] == lost) & rows["quantity"].isin(LOCKS)
         table = figure_module.table(rows[~gone]).set_index(["when", "of"])
         assert np.isnan(table.loc[("trained", "forwards (decades)"), "skip"]).all()
-        check_panels(draw(NAME, rows[~gone]))
+        figure = draw(NAME, rows[~gone])
+        check_panels(figure)
+        crosses = [line for axis in figure.axes[4:] for line in axis.get_lines() if line.get_marker() == "x"]
+        assert len(crosses) == 2 * len(PATIENTS) * pairs
