@@ -2,17 +2,17 @@
 
 Blocks of k layers, each trained by a loss of its own on features whose past is cut off: a linear head, similarity matching and predsim
 (Nøkland & Eidnes 2019), all blocks at once or one after the other, and heads with hidden layers (Belilovsky et al. 2019). Whether ∇θ_l
-depends on any later layer; whether the gradient reaches the first layer; the accuracy where backpropagation works and where it is locked;
-the multiply-adds that each takes. Backpropagation is the rule whose one block is the whole chain.
+depends on any later layer; whether the gradient reaches the first layer, before and after the training; the accuracy where backpropagation
+works and where it is locked, each loss at a learning rate of its own; the multiply-adds that each takes. Backpropagation is the rule whose
+one block is the whole chain.
 """
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -25,22 +25,21 @@ from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.models.layers import Layers
 from src.plan import Work
-from src.rows import pick
-from src.statistics import Estimate, greatest, paired_difference, t_interval
+from src.rows import Row, measured, pick
+from src.statistics import Estimate, greatest, t_interval
 from src.training.local import Blockwise, LocalLoss, OneBlock, all_blocks, blockwise, end_to_end_block, gradients, later_influence, shares
 from src.training.loop import Objective, planned_steps
-from src.verdict import Verdict, cell, judge_forms
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
-Row = dict[str, Any]
 Loss = LocalLoss | Literal["backprop"]
 Schedule = Literal["simultaneous", "sequential"]
-log = logging.getLogger(__name__)
+LOCAL: tuple[LocalLoss, ...] = get_args(LocalLoss)
 
 QUANTITIES = {
     "later_influence": "‖∇θ_l − ∇θ_l'‖/‖∇θ_l‖ when every stage after a border is drawn anew, the largest over the stages l before it",
-    "log_gradient": "ln ‖∇θ_l‖ of the sum of all blocks' losses at initialisation, nats",
-    "flow": "½ ln mean ‖g‖² behind the first stage minus before the last, under backpropagation at initialisation, nats",
-    "separation": "½ ln of the share of Σ‖h‖² of the last hidden layer that differs between images, at initialisation, nats: 0 or less",
+    "log_gradient": "ln ‖∇θ_l‖ of the sum of all blocks' losses, nats",
+    "flow": "½ ln mean ‖g‖² behind the first stage minus before the last, by backpropagation through the chain, nats",
+    "separation": "½ ln of the share of Σ‖h‖² of the last hidden layer that differs between images, nats: 0 or less",
     "parameters": "parameters of the chain",
     "auxiliary_parameters": "parameters of the heads, which are thrown away after training",
     "multiply_adds": "multiply-adds of the matrix products and convolutions of the whole training",
@@ -48,7 +47,8 @@ QUANTITIES = {
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
 }
-# Test errors in percent: Nøkland & Eidnes 2019, MLP 3×1024; accuracies 88.3/90.4/91.7 of Belilovsky et al. 2019, k = 1, 2, 3.
+# Published test errors in percent. Nøkland & Eidnes 2019: an MLP with three hidden layers, of 1024 units on MNIST and of 3000 on CIFAR-10
+# (2.9 and 27.3 million parameters); Belilovsky et al. 2019: a CNN with k = 1, 2, 3, accuracies 88.3/90.4/91.7%.
 NOKLAND: dict[str, dict[Loss, float]] = {
     "mnist": {"backprop": 0.75, "pred": 0.68, "sim": 0.80, "predsim": 0.62},
     "cifar10": {"backprop": 33.56, "pred": 32.33, "sim": 33.48, "predsim": 30.93},
@@ -99,6 +99,9 @@ def check(config: Config, data: Data) -> None:
     require(1 in grid.block_sizes, "grid.block_sizes: 1 among them, the layer-wise training that the claim speaks of")
     require(max(grid.block_sizes) < min(grid.train_depths), "grid.block_sizes: less than the smallest of grid.train_depths")
     require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
+    require(
+        len(grid.published_widths) in (0, 3), "grid.published_widths: three, of the MLP on MNIST, the MLP on CIFAR-10 and the CNN, or none"
+    )
     steps = planned_steps(config.training, len(data.train))
     require(steps >= max(grid.train_depths), f"training.max_steps: at least {max(grid.train_depths)}, a step a block")
 
@@ -106,16 +109,13 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config = context.config
-    return [
-        *(Work(model, 2) for model in _models(config, "critical")),
-        *(
-            Work(model, config.grid.train_seeds, context.steps())
-            for chain in CHAINS
-            for model in _models(config, chain)
-            for _ in _rules(config, model)
-        ),
-        *(Work(run.model, config.grid.train_seeds, context.steps(_long(config))) for run in _published(context)),
-    ]
+    grid, steps = config.grid, context.steps()
+    look = partial(_flows, context)
+    works = [Work(model, 2) for model in _models(config, "critical")]
+    for _, model in _settings(config):
+        works.append(Work(model, len(_losses(model)) * len(grid.rates), steps))
+        works.append(Work(model, len(_rules(config, model)) * grid.train_seeds, steps, look))
+    return [*works, *(Work(run.model, grid.train_seeds, context.steps(_long(config))) for run in _published(context))]
 
 
 def measure(context: Context) -> pd.DataFrame:
@@ -129,15 +129,23 @@ def _models(config: Config, chain: str) -> list[ModelConfig]:
     return [replace(config.model, weight_var=weight_var, bias_var=bias_var, depth=depth) for depth in config.grid.train_depths]
 
 
+def _settings(config: Config) -> list[tuple[str, ModelConfig]]:
+    return [(chain, model) for chain in CHAINS for model in _models(config, chain)]
+
+
 def _rules(config: Config, model: ModelConfig) -> list[Rule]:
-    """Backpropagation; each local loss at each block size, all blocks at once; pred one block after the other, and with deeper heads."""
-    sizes, losses = config.grid.block_sizes, get_args(LocalLoss)
+    """Backpropagation; each local loss at each block size, all blocks at once and one after the other; pred with deeper heads."""
+    settings = product(LOCAL, config.grid.block_sizes, get_args(Schedule))
     return [
         Rule("backprop", model.depth),
-        *(Rule(loss, size) for loss, size in product(losses, sizes)),
-        *(Rule("pred", size, schedule="sequential") for size in sizes),
+        *(Rule(loss, size, schedule=schedule) for loss, size, schedule in settings),
         *(Rule("pred", 1, hidden) for hidden in config.grid.auxiliary_layers),
     ]
+
+
+def _losses(model: ModelConfig) -> list[Rule]:
+    """The rules by which the learning rate of each loss is chosen: single layers, all at once."""
+    return [Rule("backprop", model.depth), *(Rule(loss, 1) for loss in LOCAL)]
 
 
 def _applied(context: Context, rule: Rule, network: nn.Sequential, model: ModelConfig, seed: int) -> Blockwise:
@@ -156,61 +164,96 @@ def _independence(context: Context) -> Iterator[Row]:
         for rule in _rules(context.config, model):
             here, there = (_applied(context, rule, network, model, seed) for seed, network in enumerate(networks))
             where = {"part": "independence", **network_columns(model, 0), **asdict(rule)}
-            yield from _costs(context, here, rule, where)
-            # one block after the other has the gradients of all at once
+            yield from measured(where, **_costs(context, here, rule))
             for border in range(1, model.depth) if rule.schedule == "simultaneous" else ():
-                value = later_influence(here, there, border, inputs.double(), labels)
-                yield {"quantity": "later_influence", "value": value, "border": border, "at_border": border in here.borders, **where}
+                at = {"border": border, "at_border": border in here.borders, **where}
+                yield from measured(at, later_influence=later_influence(here, there, border, inputs.double(), labels))
 
 
 def _trainings(context: Context) -> Iterator[Row]:
-    """Every rule from the same weights and over the same images, with its gradient at initialisation."""
-    for chain in context.progress(list(CHAINS), "trainings"):
-        for model in _models(context.config, chain):
-            for rule, seed in product(_rules(context.config, model), range(context.config.grid.train_seeds)):
-                network = context.network(model, seed)
-                where = {"part": "training", "chain": chain, **network_columns(model, seed), **asdict(rule)}
-                blocks = _applied(context, rule, network, model, seed)
-                yield from _initial(context, network, blocks, rule, where)
-                yield from _trained(context, blocks, rule, context.config.training, where)
+    """Every rule from the same weights and over the same images, with what passes backwards and forwards before and after."""
+    config = context.config
+    for chain, model in context.progress(_settings(config), "trainings"):
+        tried = list(_tried(context, chain, model))
+        yield from tried
+        rates = {rule.loss: _best_rate(tried, rule.loss) for rule in _losses(model)}
+        for rule, seed in product(_rules(config, model), range(config.grid.train_seeds)):
+            network, training = context.network(model, seed), replace(config.training, lr=rates[rule.loss])
+            blocks = _applied(context, rule, network, model, seed)
+            where = {"part": "training", "chain": chain, "rate": training.lr, **network_columns(model, seed), **asdict(rule)}
+            before, after = ({"moment": moment, **where} for moment in ("before", "after"))
+            if rule.loss == "backprop":
+                yield from measured(before, **_flows(context, network))
+            yield from _gradients(context, blocks, rule, before)
+            outcome = _train(context, blocks, rule, training, f"{chain}, depth {model.depth}, {_named(rule)}", seed)
+            yield from measured(where, **outcome)
+            if not outcome["diverged"]:
+                yield from measured(after, **_flows(context, network))
+                yield from _gradients(context, blocks, rule, after)
 
 
-def _initial(context: Context, network: nn.Sequential, blocks: Blockwise, rule: Rule, where: Row) -> Iterator[Row]:
-    """Before training: what passes backwards and forwards, and the gradient by a rule."""
+def _tried(context: Context, chain: str, model: ModelConfig) -> Iterator[Row]:
+    """The accuracy on training images of every loss at every learning rate, on a network of which nothing else is measured."""
+    grid, training = context.config.grid, context.config.training
+    seed = grid.train_seeds
+    for rule, rate in product(_losses(model), grid.rates):
+        lr = rate * training.lr
+        blocks = _applied(context, rule, context.network(model, seed), model, seed)
+        outcome = _train(
+            context, blocks, rule, replace(training, lr=lr), f"{chain}, depth {model.depth}, {_named(rule)}, rate {lr:g}", seed
+        )
+        where = {"part": "rates", "chain": chain, "rate": lr, **network_columns(model, seed), **asdict(rule)}
+        yield from measured(where, train_accuracy=outcome["train_accuracy"])
+
+
+def _best_rate(tried: Sequence[Row], loss: Loss) -> float:
+    """The rate of the highest accuracy, the first of those that tie."""
+    rate: float = max((row for row in tried if row["loss"] == loss), key=lambda row: float(row["value"]))["rate"]
+    return rate
+
+
+def _flows(context: Context, network: nn.Sequential) -> dict[str, float]:
+    """What passes backwards by backpropagation, and what of the images forwards."""
+    inputs, _ = context.samples(context.data.test, context.config.grid.samples)
+    signals = context.error_signals(network)
+    states = cut(network, None, torch.float64, "eval").states(inputs.double())
+    return {"flow": signals[1] - signals[len(network) - 1], "separation": separation(states[-2])}
+
+
+def _gradients(context: Context, blocks: Blockwise, rule: Rule, where: Row) -> Iterator[Row]:
+    """The gradient of every layer by a rule; one block after the other has those of all at once."""
     inputs, labels = context.samples(context.data.test, context.config.grid.samples)
-    if rule.loss == "backprop":
-        signals = context.error_signals(network)
-        yield {"quantity": "flow", "value": signals[1] - signals[len(network) - 1], **where}
-        states = cut(network, None, torch.float64, "eval").states(inputs.double())
-        yield {"quantity": "separation", "value": separation(states[-2]), **where}
-    if rule.schedule == "simultaneous":
-        for layer, gradient in enumerate(gradients(blocks, inputs, labels), start=1):
-            yield {"quantity": "log_gradient", "value": math.log(gradient.norm()), "layer": layer, **where}
+    for layer, gradient in enumerate(gradients(blocks, inputs, labels) if rule.schedule == "simultaneous" else (), start=1):
+        # a trained tanh may be flat in float32
+        norm = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
+        yield from measured({"layer": layer, **where}, log_gradient=math.log(norm))
 
 
 def separation(states: Tensor) -> float:
     """½ ln Σ_n‖h_n − h̄‖² / Σ_n‖h_n‖², nats: what of the states of a batch tells its images apart."""
-    return math.log((states - states.mean(0)).norm() / states.norm())
+    return float(((states - states.mean(0)).norm() / states.norm()).log())
 
 
-def _trained(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig, where: Row) -> Iterator[Row]:
-    """Train by a rule, and say how long it took."""
-    started, name = time.monotonic(), f"{where.get('chain', 'published')}, depth {where['depth']}, {_named(rule)}, seed {where['net_seed']}"
+def _train(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig, name: str, seed: int) -> dict[str, float]:
+    """Train by a rule, turn by turn; the metrics after the last."""
     for turn, (objective, steps) in enumerate(_turns(context, model, rule, training), start=1):
-        outcome = context.train(model, f"{name}, turn {turn}", where["net_seed"], objective, config=replace(training, max_steps=steps))
-    # wall time is logged only: the same seed must give the same rows
-    log.info("%s: %.2f s", name, time.monotonic() - started)
-    for quantity, value in outcome.metrics().items():
-        yield {"quantity": quantity, "value": value, **where}
+        config = replace(training, max_steps=steps)
+        outcome = context.train(model, f"{name}, seed {seed}, turn {turn}", seed, objective, config=config)
+    return outcome.metrics()
 
 
-def _costs(context: Context, model: Blockwise, rule: Rule, where: Row) -> Iterator[Row]:
+def _costs(context: Context, model: Blockwise, rule: Rule) -> dict[str, float]:
     """What a training by a rule takes: the same for every chain of that depth and every seed."""
     turns = _turns(context, model, rule, context.config.training)
-    multiply_adds = sum(steps * _multiply_adds(context, model, objective) for objective, steps in turns)
-    yield {"quantity": "multiply_adds", "value": multiply_adds, **where}
-    for quantity, modules in (("parameters", model.blocks), ("auxiliary_parameters", model.heads)):
-        yield {"quantity": quantity, "value": float(sum(p.numel() for p in modules.parameters())), **where}
+    return {
+        "multiply_adds": sum(steps * _multiply_adds(context, model, objective) for objective, steps in turns),
+        "parameters": _size(model.blocks),
+        "auxiliary_parameters": _size(model.heads),
+    }
+
+
+def _size(modules: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in modules.parameters()))
 
 
 def _named(rule: Rule) -> str:
@@ -239,43 +282,48 @@ def _long(config: Config) -> TrainingConfig:
 
 
 def _published(context: Context) -> list[Published]:
-    """The trainings whose error was published for this data set: 3 dense hidden layers, and VGG-like of an eighth of the width."""
-    runs: list[Published] = []
-    data = context.data.name
-    for width in context.config.grid.published_widths:
-        base = replace(context.config.model, activation="relu", weight_var=2.0, bias_var=0.0, norm="batch")
-        dense = replace(base, depth=4, width=width)
-        conv = replace(base, family="vgg", depth=8, width=max(1, width // 8))
-        runs += [Published(dense, Rule(loss, 4 if loss == "backprop" else 1), error) for loss, error in NOKLAND.get(data, {}).items()]
-        runs += [Published(conv, Rule("pred", 1, k - 1, "sequential"), error) for k, error in BELILOVSKY.get(data, {}).items()]
-    return runs
+    """The trainings whose error was published for this data set: 3 dense hidden layers, and a VGG-like net of 8 weight layers."""
+    data, widths = context.data.name, context.config.grid.published_widths
+    if not widths or data not in NOKLAND:
+        return []
+    *dense_widths, channels = widths
+    base = replace(context.config.model, activation="relu", weight_var=2.0, bias_var=0.0, norm="batch")
+    dense = replace(base, depth=4, width=dict(zip(NOKLAND, dense_widths, strict=True))[data])
+    conv = replace(base, family="vgg", depth=8, width=channels)
+    return [
+        *(Published(dense, Rule(loss, 4 if loss == "backprop" else 1), error) for loss, error in NOKLAND[data].items()),
+        *(Published(conv, Rule("pred", 1, k - 1, "sequential"), error) for k, error in BELILOVSKY.get(data, {}).items()),
+    ]
 
 
 def _published_trainings(context: Context) -> Iterator[Row]:
     """Long trainings beside their published errors; none unless `grid.published_widths` asks for them."""
-    for run in context.progress(_published(context), "published trainings"):
-        for seed in range(context.config.grid.train_seeds):
-            network = context.network(run.model, seed)
-            where = {"part": "published", "published": run.error, **network_columns(run.model, seed), **asdict(run.rule)}
-            yield from _trained(context, _applied(context, run.rule, network, run.model, seed), run.rule, _long(context.config), where)
+    for run, seed in context.progress(list(product(_published(context), range(context.config.grid.train_seeds))), "published trainings"):
+        blocks = _applied(context, run.rule, context.network(run.model, seed), run.model, seed)
+        where = {"part": "published", "published": run.error, **network_columns(run.model, seed), **asdict(run.rule)}
+        name = f"published, {run.model.family}, {_named(run.rule)}"
+        yield from measured(where, **_train(context, blocks, run.rule, _long(context.config), name, seed))
 
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    nets = _accuracies(rows)
+    nets = _with_locks(pick(rows, "test_accuracy", part="training"), rows)
     backprop, local = nets.query("loss == 'backprop'"), nets.query("loss != 'backprop'")
     linear = local.query("hidden == 0")
     layerwise = linear.query("block == 1")
-    against_backprop = _gaps(local, backprop, [])
+    against_backprop = _gaps(local, backprop)
     single = against_backprop.query("block == 1 and hidden == 0 and schedule == 'simultaneous'")
     larger = _gaps(linear.query("block > 1"), layerwise, ["loss", "schedule"])
     deeper = _gaps(local.query("hidden > 0"), layerwise, ["loss", "schedule"])
     cells = {
         "no_backprop_through": _influence(rows, ["loss", "hidden", "block"]),
         "no_gradient_across_borders": _influence(rows, ["loss", "hidden", "block", "at_border"]),
-        "gradient_reaches_first": _first_gradient(rows),
+        "equal_parameters": _parameters(rows),
+        "gradient_reaches_first": _first_gradient(rows, "before"),
+        "gradient_still_reaches_first": _first_gradient(rows, "after").query("loss != 'backprop'"),
+        "lock_lasts": _lasting(rows),
         "avoids_locking": against_backprop,
-        **{f"avoids_locking_{loss}": single.query("loss == @loss") for loss in get_args(LocalLoss)},
+        **{f"avoids_locking_{loss}": single.query("loss == @loss") for loss in LOCAL},
         "avoids_backward_only": against_backprop,
         "suboptimal": _largest_deficit(layerwise.query("schedule == 'sequential' and not locked"), backprop),
         "suboptimal_at_equal_updates": _largest_deficit(layerwise.query("schedule == 'simultaneous' and not locked"), backprop),
@@ -288,51 +336,57 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     return judge_forms("greedy_layerwise", criteria, cells)
 
 
-def _by(rows: pd.DataFrame, keys: list[str], estimate: Callable[[pd.DataFrame], Estimate]) -> pd.DataFrame:
-    """A cell a group of rows."""
-    return pd.DataFrame([cell(estimate(group), **dict(zip(keys, at, strict=True))) for at, group in rows.groupby(keys)])
-
-
 def _influence(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The greatest influence of later layers of any network and border."""
-    return _by(pick(rows, "later_influence"), keys, lambda group: greatest(group["value"]))
+    return cells_by(pick(rows, "later_influence"), keys, greatest)
 
 
-def _first_gradient(rows: pd.DataFrame) -> pd.DataFrame:
+def _parameters(rows: pd.DataFrame) -> pd.DataFrame:
+    """Parameters of the chain that a rule leaves, over those that backpropagation leaves."""
+    counts = pick(rows, "parameters")
+    backprop = counts[counts["loss"] == "backprop"].set_index("depth")["value"]
+    return cells_by(counts.assign(value=counts["value"] / counts["depth"].map(backprop)), ["depth", *RULE], greatest)
+
+
+def _first_gradient(rows: pd.DataFrame, moment: str) -> pd.DataFrame:
     """The first layer's gradient, ln ‖∇θ_1‖ minus the largest ln ‖∇θ_l‖ of the same network, over seeds."""
     keys = [*SETTING, "loss", "block", "hidden"]
-    gradients = pick(rows, "log_gradient").pivot(index=[*keys, "net_seed"], columns="layer", values="value")
-    shares = (gradients[1] - gradients.max(axis=1)).rename("value").reset_index()
-    return _by(shares, keys, lambda nets: t_interval(nets["value"]))
+    gradients = pick(rows, "log_gradient", moment=moment).pivot(index=[*keys, "net_seed"], columns="layer", values="value")
+    return cells_by((gradients[1] - gradients.max(axis=1)).rename("value").reset_index(), keys, t_interval)
 
 
-def _accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracies of the compared trainings, and whether their setting lets less than a thousandth pass back or forwards."""
-    nets = pick(rows, "test_accuracy", part="training")[[*SETTING, *RULE, "net_seed", "value"]]
+def _lasting(rows: pd.DataFrame) -> pd.DataFrame:
+    """What passes backwards after backpropagation, over seeds, and whether the setting was locked before."""
+    flows = pick(rows, "flow", loss="backprop", moment="after")
+    return cells_by(_with_locks(flows, rows), [*SETTING, "locked", "collapsed"], t_interval)
+
+
+def _with_locks(nets: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Beside each net whether its setting lets less than a thousandth pass back or forwards, before backpropagation."""
     for column, quantity in (("locked", "flow"), ("collapsed", "separation")):
-        means = pick(rows, quantity).groupby(SETTING)["value"].mean()
+        means = pick(rows, quantity, loss="backprop", moment="before").groupby(SETTING)["value"].mean()
         nets = nets.join((means < THOUSANDTH).rename(column), on=SETTING)
     return nets
 
 
-def _paired(nets: pd.DataFrame, others: pd.DataFrame, shared: list[str]) -> pd.DataFrame:
-    """Each net beside the other of its setting, its seed and its `shared` columns."""
+def _paired(nets: pd.DataFrame, others: pd.DataFrame, shared: Sequence[str] = ()) -> pd.DataFrame:
+    """Accuracy of each net minus that of the other of its setting, its seed and its `shared` columns."""
     keys = [*SETTING, "net_seed", *shared]
-    return nets.merge(others[[*keys, "value"]], on=keys, suffixes=("", "_other"), validate="many_to_one")
+    pairs = nets.merge(others[[*keys, "value"]], on=keys, suffixes=("", "_other"), validate="many_to_one")
+    return pairs.assign(value=pairs["value"] - pairs["value_other"])
 
 
-def _gaps(nets: pd.DataFrame, others: pd.DataFrame, shared: list[str]) -> pd.DataFrame:
+def _gaps(nets: pd.DataFrame, others: pd.DataFrame, shared: Sequence[str] = ()) -> pd.DataFrame:
     """Accuracy of every rule minus the others', paired by seed; beside it the others' accuracy."""
     pairs = _paired(nets, others, shared)
     pairs["against"] = pairs.groupby([*SETTING, *RULE])["value_other"].transform("mean")
-    keys = [*SETTING, "locked", "collapsed", *RULE, "against"]
-    return _by(pairs, keys, lambda pair: paired_difference(pair["value"], pair["value_other"]))
+    return cells_by(pairs, [*SETTING, "locked", "collapsed", *RULE, "against"], t_interval)
 
 
 def _largest_deficit(nets: pd.DataFrame, backprop: pd.DataFrame) -> pd.DataFrame:
     """The largest mean of backpropagation minus a rule over m rules and settings, in a simultaneous interval (Bonferroni, 1 − 5%/m)."""
-    tried = [pair for _, pair in _paired(nets, backprop, []).groupby([*SETTING, *RULE])]
-    bounds = [paired_difference(pair["value_other"], pair["value"], 1 - 0.05 / len(tried)) for pair in tried]
+    tried = [-gaps["value"] for _, gaps in _paired(nets, backprop).groupby([*SETTING, *RULE])]
+    bounds = [t_interval(deficits, 1 - 0.05 / len(tried)) for deficits in tried]
     if not bounds:
         return pd.DataFrame()
     value, lo, hi = (max(getattr(bound, limit) for bound in bounds) for limit in ("value", "lo", "hi"))
@@ -340,9 +394,10 @@ def _largest_deficit(nets: pd.DataFrame, backprop: pd.DataFrame) -> pd.DataFrame
 
 
 def _published_cells(rows: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Test error over the published one, over seeds."""
+    """Test error over the published one, over seeds; beside it both, in percent."""
     nets = pick(rows, "test_accuracy", part="published", family=family)
     if nets.empty:
         return nets
-    ratios = nets.assign(value=100 * (1 - nets["value"]) / nets["published"])
-    return _by(ratios, [*RULE, "published"], lambda group: t_interval(group["value"]))
+    errors = nets.assign(error=100 * (1 - nets["value"]))
+    errors["measured"] = errors.groupby(RULE)["error"].transform("mean")
+    return cells_by(errors.assign(value=errors["error"] / errors["published"]), [*RULE, "published", "measured"], t_interval)

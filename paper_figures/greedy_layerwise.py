@@ -1,51 +1,78 @@
 """Figure and table of greedy_layerwise: what later layers do to a gradient, and accuracy and cost against backpropagation."""
 
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, get_args
+
+import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.greedy_layerwise import LOCAL, RULE, THOUSANDTH, Schedule
 from paper_figures.style import DASHES, MARKERS, panels, t_error, title
 from src.rows import pick
 
-RULES = {  # loss and schedule
-    ("pred", "simultaneous"): "pred",
-    ("sim", "simultaneous"): "sim",
-    ("predsim", "simultaneous"): "predsim",
-    ("pred", "sequential"): "pred, sequential",
-}
-RULE = ["loss", "block", "hidden", "schedule"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 COSTS = {"multiply_adds": "multiply-adds, 10⁹", "parameters": "parameters", "auxiliary_parameters": "auxiliary parameters"}
 CHAINS = {"critical": "not locked", "vanishing": "locked backwards", "collapsing": "locked both ways"}
+K = "layers a block, k"
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Six panels: influence of later layers, gradients at initialisation, accuracy of three chains, accuracy against cost."""
-    depth = _deepest(rows)
+    """Nine panels: influence, gradients, accuracy of three chains, the lock afterwards, multiply-adds, parameters, accuracy and cost."""
+    depth = int(rows.loc[rows["part"] == "training", "depth"].max())
     nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)]
-    with panels(rows, count=6, columns=3, height=2.4) as (figure, axes):
+    accuracies = pick(nets, "test_accuracy", part="training")
+    costs = _costs(nets)
+    with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
         _influence(axes[0], pick(nets, "later_influence"))
-        _gradients(axes[1], pick(nets, "log_gradient", chain="vanishing"))
+        _gradients(axes[1], pick(nets, "log_gradient", chain="vanishing", moment="before"))
         for axis, (chain, what) in zip(axes[2:5], CHAINS.items(), strict=True):
-            _accuracy(axis, pick(nets, "test_accuracy", part="training", chain=chain), f"{what}, L = {depth}")
-        axes[4].legend(loc="upper right")
-        _cost(axes[5], pick(nets, "multiply_adds"), pick(nets, "test_accuracy", part="training", chain="critical"))
+            _accuracy(axis, accuracies[accuracies["chain"] == chain], f"{what}, L = {depth}")
+        _lock(axes[5], pick(nets, "flow", chain="vanishing"))
+        _relative(axes[6], costs, "multiply-adds", "multiply-adds (backprop = 1)", "time: multiply-adds")
+        _relative(axes[7], costs, "parameters with heads", "parameters (backprop = 1)", "chain and heads in training")
+        axes[7].annotate("chain alone, every rule", (1, 1), xytext=(0, -9), textcoords="offset points", fontsize=6.5)
+        _cost(axes[8], accuracies[accuracies["chain"] == "critical"].merge(costs, on=RULE))
+        rules, labels = axes[2].get_legend_handles_labels()
+        figure.legend(rules, labels, loc="outside upper center", ncols=7, handlelength=2.6)
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of every rule in every chain, and what it takes."""
+    """Accuracy of every rule in every chain, and what it takes, also in units of backpropagation."""
     at = ["depth", *RULE]
-    costs = rows[rows["quantity"].isin(COSTS)].pivot(index=at, columns="quantity", values="value")
-    groups = pick(rows, "test_accuracy", part="training").groupby(["chain", *at], sort=False)["value"]
-    lines = groups.agg(["mean", "min", "max", "size"]).join(costs, on=at)
-    lines["multiply_adds"] /= 1e9
-    return lines.reset_index().rename(columns={"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds", **COSTS})
+    costs = pd.concat([_costs(rows[rows["depth"] == depth]).assign(depth=depth) for depth in pick(rows, "multiply_adds")["depth"].unique()])
+    groups = pick(rows, "test_accuracy", part="training").groupby(["chain", *at], sort=False)
+    lines = groups["value"].agg(["mean", "min", "max", "size"]).join(groups["rate"].first()).reset_index().merge(costs, on=at)
+    names = {"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds", "rate": "learning rate"}
+    relative = {column: f"{column} / backprop" for column in ("multiply-adds", "parameters with heads")}
+    return lines.rename(columns=names | COSTS | relative)
 
 
-def _deepest(rows: pd.DataFrame) -> int:
-    return int(rows.loc[rows["part"] == "training", "depth"].max())
+def _costs(nets: pd.DataFrame) -> pd.DataFrame:
+    """What a training by each rule takes at one depth; multiply-adds and parameters in training also in units of backpropagation's."""
+    costs = nets[nets["quantity"].isin(COSTS)].pivot(index=RULE, columns="quantity", values="value").reset_index()
+    costs["multiply_adds"] /= 1e9
+    costs["with heads"] = costs["parameters"] + costs["auxiliary_parameters"]
+    backprop = costs[costs["loss"] == "backprop"].iloc[0]
+    costs["multiply-adds"] = costs["multiply_adds"] / backprop["multiply_adds"]
+    costs["parameters with heads"] = costs.pop("with heads") / backprop["parameters"]
+    return costs
+
+
+def _kinds(values: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame, dict[str, Any]]]:
+    """Each loss and schedule with linear heads: its place, its rows, and how its line looks."""
+    for place, (schedule, (index, loss)) in enumerate(product(SCHEDULES, enumerate(LOCAL))):
+        chosen = values[(values["loss"] == loss) & (values["schedule"] == schedule) & (values["hidden"] == 0)]
+        label = loss if schedule == "simultaneous" else f"{loss}, sequential"
+        yield (
+            place,
+            chosen,
+            {"color": f"C{index}", "marker": MARKERS[place], "linestyle": DASHES[SCHEDULES.index(schedule)], "label": label},
+        )
 
 
 def _influence(axis: Axes, influence: pd.DataFrame) -> None:
@@ -63,7 +90,7 @@ def _influence(axis: Axes, influence: pd.DataFrame) -> None:
 
 def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
     linear = gradients[gradients["hidden"] == 0]
-    for index, loss in enumerate(("pred", "sim", "predsim", "backprop")):
+    for index, loss in enumerate((*LOCAL, "backprop")):
         nets = linear[(linear["loss"] == loss) & ((linear["block"] == 1) | (loss == "backprop"))]
         colour = "k" if loss == "backprop" else f"C{index}"
         axis.plot(nets["layer"], nets["value"], linestyle="none", marker=MARKERS[index], color=colour, alpha=0.4, markersize=3)
@@ -77,34 +104,67 @@ def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
     axis.legend(loc="upper center", ncols=2)
 
 
+def _over_blocks(axis: Axes, values: pd.DataFrame) -> None:
+    """Every seed of every rule against the layers a block, and means with their t-intervals."""
+    for place, nets, look in _kinds(values):
+        x = nets["block"] + 0.06 * (place - 2.5)
+        axis.plot(x, nets["value"], color=look["color"], marker=look["marker"], linestyle="none", alpha=0.3, markersize=2.5)
+        means = nets.groupby("block")["value"]
+        low, high = np.array([t_error(np.array(seeds)) for _, seeds in means]).T
+        mean, at = means.mean(), np.unique(x)
+        axis.errorbar(at, mean, [mean - low, high - mean], elinewidth=0.8, markersize=3, **look)
+    axis.set_xticks(_sizes(values))
+    axis.set(xlabel=K)
+
+
 def _accuracy(axis: Axes, accuracies: pd.DataFrame, what: str) -> None:
-    backprop = accuracies.loc[accuracies["loss"] == "backprop", "value"]
-    axis.axhline(backprop.mean(), color="k", linewidth=0.9, label="backprop")
-    axis.axhspan(backprop.min(), backprop.max(), color="k", alpha=0.15, linewidth=0)
-    for index, ((loss, schedule), label) in enumerate(RULES.items()):
-        chosen = (accuracies["loss"] == loss) & (accuracies["schedule"] == schedule) & (accuracies["hidden"] == 0)
-        nets = accuracies[chosen].assign(block=accuracies["block"] + 0.06 * (index - 1.5))
-        axis.plot(nets["block"], nets["value"], linestyle="none", marker=MARKERS[index], color=f"C{index}", alpha=0.4, markersize=3)
-        sns.lineplot(
-            nets, x="block", y="value", ax=axis, color=f"C{index}", linestyle=DASHES[index], errorbar=t_error, err_style="bars", label=label
-        )
-    axis.legend().remove()
-    axis.set_xticks(_sizes(accuracies))
-    axis.set(xlabel="layers a block, k", ylabel="test accuracy", ylim=(0, 1))
+    _reference(axis, accuracies[accuracies["loss"] == "backprop"])
+    _over_blocks(axis, accuracies)
+    axis.set(ylabel="test accuracy", ylim=(0, 1))
     title(axis, what)
 
 
-def _cost(axis: Axes, costs: pd.DataFrame, accuracies: pd.DataFrame) -> None:
-    reference = costs.loc[costs["loss"] == "backprop", "value"].iloc[0]
-    points = accuracies.merge(costs[[*RULE, "value"]], on=RULE, suffixes=("", "_cost"))
-    kinds = {("backprop", "simultaneous"): "k", **{kind: f"C{index}" for index, kind in enumerate(RULES)}}
-    for (loss, schedule), colour in kinds.items():
-        nets = points[(points["loss"] == loss) & (points["schedule"] == schedule)]
-        marker = "X" if loss == "backprop" else MARKERS[int(colour[1:])]
-        axis.plot(nets["value_cost"] / reference, nets["value"], linestyle="none", marker=marker, color=colour, alpha=0.6)
+def _reference(axis: Axes, backprop: pd.DataFrame) -> None:
+    axis.axhline(backprop["value"].mean(), color="k", linewidth=0.9, label="backprop")
+    axis.axhspan(backprop["value"].min(), backprop["value"].max(), color="k", alpha=0.15, linewidth=0)
+
+
+def _lock(axis: Axes, flows: pd.DataFrame) -> None:
+    """What backpropagation would pass through the chain once a rule has trained it."""
+    _reference(axis, flows[(flows["loss"] == "backprop") & (flows["moment"] == "after")])
+    _over_blocks(axis, flows[flows["moment"] == "after"])
+    axis.axhline(
+        flows.loc[flows["moment"] == "before", "value"].mean(), color="0.3", linewidth=0.9, linestyle="--", label="before training"
+    )
+    axis.axhline(THOUSANDTH, color="0.3", linewidth=0.9, linestyle=":", label="locked below")
+    axis.set_yscale("symlog")
+    axis.set(ylabel="ln ‖g_1‖/‖g_{L−1}‖ (nats)")
+    axis.set_ylim(top=100)
+    axis.legend(handles=axis.get_lines()[-2:], loc="upper right")
+    title(axis, "locked backwards, trained")
+
+
+def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: str) -> None:
+    for _, rules, look in _kinds(costs):
+        axis.plot(rules["block"], rules[column], **look)
+    deeper = costs[costs["hidden"] > 0]
+    axis.plot(np.ones(len(deeper)), deeper[column], "_", color="C0", markersize=9)
+    for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
+        axis.annotate(f"+{hidden} hidden", (1, value), xytext=(6, 0), textcoords="offset points", fontsize=6, color="C0", va="center")
+    axis.axhline(1, color="k", linewidth=0.9)
+    axis.set_xticks(_sizes(costs))
+    axis.set(xlabel=K, ylabel=label, ylim=(0, None))
+    title(axis, what)
+
+
+def _cost(axis: Axes, points: pd.DataFrame) -> None:
+    backprop = points[points["loss"] == "backprop"]
+    axis.plot(backprop["multiply-adds"], backprop["value"], "X", color="k", alpha=0.6)
+    for _, nets, look in _kinds(points.assign(hidden=0)):
+        axis.plot(nets["multiply-adds"], nets["value"], alpha=0.5, markersize=3, **{**look, "linestyle": "none"})
     axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="multiply-adds (backprop ✕ = 1)", ylabel="test accuracy", ylim=(0, 1))
-    title(axis, "what it takes, not locked")
+    title(axis, "accuracy and cost")
 
 
 def _sizes(rows: pd.DataFrame) -> list[int]:

@@ -143,7 +143,9 @@ def _head(block: nn.Sequential, loss: LocalLoss, layers: Layers, classes: int, h
 
     if loss == "pred":
         return Prediction(classifier())
-    matching = Similarity(layers.linear(width, width), classes)
+    projection = layers.linear(width, width)
+    projection.register_parameter("bias", None)
+    matching = Similarity(projection, classes)
     return matching if loss == "sim" else PredSim(Prediction(classifier()), matching)
 
 

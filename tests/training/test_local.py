@@ -1,5 +1,6 @@
 """Local losses against NumPy written by hand, and the proof that no gradient crosses a block border."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -141,7 +142,8 @@ def gradients(model: Blockwise) -> list[torch.Tensor]:
 def is_used_elsewhere(model: Blockwise) -> bool:
     """Whether the loss of any block has a gradient for a parameter of another one."""
     for index, loss in enumerate(model.losses(*batch())):
-        strangers = [p for other, block in enumerate(model.blocks) if other != index for p in block.parameters()]
+        blocks = [(block, head) for other, (block, head) in enumerate(zip(model.blocks, model.heads, strict=True)) if other != index]
+        strangers = [p for module in itertools.chain(*blocks) for p in module.parameters()]
         if any(g is not None for g in torch.autograd.grad(loss, strangers, allow_unused=True, retain_graph=True)):
             return True
     return False
@@ -161,10 +163,11 @@ def stages_that_feel_what_comes_after(model: Blockwise, another: Blockwise) -> s
     return felt
 
 
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_gradient_crosses_a_border(loss: str, size: int) -> None:
-    model, another = cut(size, loss), cut(size, loss, seed=7)
+def test_no_gradient_crosses_a_border(loss: str, size: int, norm: str) -> None:
+    model, another = cut(size, loss, norm=norm), cut(size, loss, seed=7, norm=norm)
     assert not is_used_elsewhere(model)
     assert stages_that_feel_what_comes_after(model, another) == set()
     assert all((gradient != 0).any() for gradient in gradients(model))
@@ -196,6 +199,31 @@ def test_backpropagation_feels_every_later_stage() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, gradients(models[0]), strict=True))
 
 
+def first_blocks_trained_beneath(loss: str, size: int, kept: int) -> list[list[torch.Tensor]]:
+    """Two chains that share their first `kept` blocks and no others are trained alike: what becomes of the blocks shared."""
+    models = [cut(size, loss), cut(size, loss, seed=7)]
+    for mine, other in ((models[1].blocks, models[0].blocks), (models[1].heads, models[0].heads)):
+        for k in range(kept):
+            mine[k].load_state_dict(other[k].state_dict())
+    for model in models:
+        train(model.float(), small_set(), config(), rng(0), objective=all_blocks)
+    return [list(model.blocks[:kept].parameters()) for model in models]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_whole_training_never_learns_what_comes_after_its_block(loss: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; and where the features are not cut off it does learn it."""
+    one, other = first_blocks_trained_beneath(loss, size, kept=1)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with monkeypatch.context() as patch:
+        # what is evaluated or checked detaches too: only the blocks' inputs are left uncut
+        detach = torch.Tensor.detach
+        patch.setattr(torch.Tensor, "detach", lambda tensor: tensor if tensor.requires_grad and not tensor.is_leaf else detach(tensor))
+        one, other = first_blocks_trained_beneath(loss, size, kept=1)
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 # Training, block by block.
 
 
@@ -207,6 +235,37 @@ def test_a_turn_trains_one_block_on_its_own_loss(index: int) -> None:
     train(model.float(), small_set(), config(weight_decay=0.1), rng(0), objective=OneBlock(index))
     changed = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(value, before[name].float())}
     assert changed == {str(index)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_turn_has_a_gradient_for_its_own_block_and_head_alone(loss: str, size: int) -> None:
+    model, another, (images, labels) = cut(size, loss), cut(size, loss, seed=7), batch()
+    for index in range(len(model.blocks)):
+        model.zero_grad(set_to_none=True)
+        OneBlock(index)(model, images, labels).backward()
+        reached = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+        assert reached == {str(index)}
+        own = [p.grad.clone() for p in model.blocks[index].parameters()]
+        changed = copy.deepcopy(model)
+        for k in range(index + 1, len(model.blocks)):
+            changed.blocks[k].load_state_dict(another.blocks[k].state_dict())
+        changed.zero_grad(set_to_none=True)
+        OneBlock(index)(changed, images, labels).backward()
+        assert all(torch.equal(a, p.grad) for a, p in zip(own, changed.blocks[index].parameters(), strict=True))
+
+
+def test_a_turn_reaches_all_blocks_before_it_where_they_are_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, labels) = cut(2, "pred"), batch()
+    monkeypatch.setattr(torch, "no_grad", contextlib.nullcontext)
+    OneBlock(2)(model, images, labels).backward()
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "blocks" in name} == {"0", "1", "2"}
+
+
+def test_similarity_has_a_matrix_and_no_bias() -> None:
+    """Nøkland & Eidnes's linear layer: S(A H)."""
+    *heads, _ = cut(1, "predsim").heads
+    assert all([name for name, _ in head.similarity.named_parameters()] == ["projection.weight"] for head in heads)
 
 
 def test_frozen_blocks_keep_their_statistics() -> None:
