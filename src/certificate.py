@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from src import paths
 from src.chain import BatchNormMode, cut, require_finite
 from src.errors import UserError
+from src.jacobian import matrix_free, structured
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
-from src.jacobian.matrix_free import extremes
+from src.jacobian.structured import Dense, dense
 from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
 from src.seeds import generator
 from src.spectrum import Extremes, spectrum
@@ -29,6 +30,8 @@ ROUNDING = 1e-9
 MEMORY_BYTES = 2**31
 # N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
 DECOMPOSED = 2e11
+# the same; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
+FACTORISED = 1e8
 Method = Literal["auto", "exact", "matrix_free"]
 
 
@@ -166,18 +169,13 @@ def certify(
     layers, severities, known = [], [], []
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
-        if writes_out(link, method):
-            J = layer_jacobian(link.stage, link.inputs)
-            require_finite(J, f"the Jacobian of stage '{link.name}'")
-            found = Extremes.of(spectrum(J))
-        else:
-            flat = link.inputs.flatten(1)
-            found = extremes(link.stage, link.inputs, torch.randn(flat.shape, generator=start_generator, dtype=dtype).to(flat.device))
-        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
+        structure = dense(link.stage, link.inputs)
+        start = torch.randn(link.inputs.flatten(1).shape, generator=start_generator, dtype=dtype).to(inputs.device)
+        found = _extremes(link, structure, method, start)
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
-        layers.append(_layer_rows(link, found, gradients))
-        condition = lock_condition(link.stage, link.inputs, gradients, probe)
-        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **condition})
+        norms, gradients, free = _gradients(link, structure, probe)
+        layers.append(_layer_rows(link, found, norms))
+        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
 
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
@@ -192,12 +190,37 @@ def certify(
         severity=pd.DataFrame(severities[::-1]),
         singular_values=tuple(found.values for found in known[::-1]),
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
-        first_parameter_norm=parameter_jacobian_norm(link.stage, link.inputs),
+        first_parameter_norm=structure.parameter_norm() if structure else parameter_jacobian_norm(link.stage, link.inputs),
     )
 
 
-def _layer_rows(link: Link, found: Extremes, gradients: Float[Tensor, "n p"]) -> pd.DataFrame:
-    log_grad_norm = gradients.norm(dim=1).log() + link.signal.log_norm
+def _extremes(link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"]) -> Extremes:
+    """What is known of the Jacobians of a stage, by the cheapest method that is allowed."""
+    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
+    if method == "auto" and structure is not None and m <= d and n * m * d * m > FACTORISED:
+        found = structured.extremes(structure, start[:, :m])
+        if found is not None:
+            return found
+    if writes_out(link, method):
+        J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
+        require_finite(J, f"the Jacobian of stage '{link.name}'")
+        return Extremes.of(spectrum(J))
+    return matrix_free.extremes(link.stage, link.inputs, start)
+
+
+def _gradients(
+    link: Link, structure: Dense | None, probe: Float[Tensor, "n ..."]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+    """‖gᵀP‖ of every sample for the unit signal g, and matrices with the singular values of the N×|θ| ones, of g and of the probe."""
+    signal = link.signal.direction
+    if structure is not None:
+        return structure.gradient_norm(signal), structure.gradient_matrix(signal), structure.gradient_matrix(probe)
+    gradients = parameter_gradients(link.stage, link.inputs, signal)
+    return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
+
+
+def _layer_rows(link: Link, found: Extremes, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:
+    log_grad_norm = gradient_norms.log() + link.signal.log_norm
     columns = {
         "norm": found.norm,
         "norm_lo": found.norm_lo,
