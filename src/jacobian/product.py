@@ -1,7 +1,7 @@
 """The product ∏J_l itself, end to end: its norm and its smallest singular value far below what the SVD of a product can tell.
 
 Going back from the output, J_lᵀ Q_{l+1} = Q_l R_l keeps a basis of the row space, so that (∏J)ᵀ = Q_1 R_1 R_2 ⋯ R_L. The triangular
-factors are multiplied for the norm, their inverses for σ_min, each scaled to unit length with the logarithm kept aside: σ_min is then the
+factors are multiplied for the norm, their inverses for σ_min, each scaled with the logarithm kept aside: σ_min is then the
 reciprocal of a norm, and as accurate as one.
 """
 
@@ -71,6 +71,6 @@ class Product:
 
 
 def _scaled(matrices: Float[Tensor, "n a b"]) -> tuple[Float[Tensor, "n a b"], Float[Tensor, " n"]]:
-    """Matrices of Frobenius norm 1 and ln of their norms; zero ones as they are."""
-    size = torch.linalg.matrix_norm(matrices)
+    """Matrices whose largest entry is 1, and ln of what they were divided by; zero ones as they are."""
+    size = matrices.abs().amax((1, 2))
     return matrices / torch.where(size > 0, size, 1)[:, None, None], size.log()
