@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +20,12 @@ from src import paths
 from src.chain import BatchNormMode, cut, require_finite
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
-from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
+from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
+from src.jacobian.product import Product
 from src.jacobian.structured import Dense, dense
 from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
 from src.seeds import generator
+from src.selftest import check_stage, check_state, state_of
 from src.spectrum import Extremes, spectrum
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
@@ -30,7 +34,9 @@ ROUNDING = 1e-9
 MEMORY_BYTES = 2**31
 # N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
 DECOMPOSED = 2e11
-# the same; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
+# outputs; beyond them the product of all Jacobians is not followed
+END_TO_END = 128
+# N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
 FACTORISED = 1e8
 Method = Literal["auto", "exact", "matrix_free"]
 
@@ -50,6 +56,8 @@ class Certificate:
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
+        first_parameter_norm: ‖P_1‖ of every sample.
+        product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -62,6 +70,21 @@ class Certificate:
     singular_values: tuple[Float[Tensor, "n _"], ...]
     tolerance: float
     first_parameter_norm: Float[Tensor, " n"]
+    product: Product | None
+
+    def end_to_end(self) -> pd.DataFrame:
+        """The product of all J_l itself beside the product of their norms, in logs, a row a sample.
+
+        Returns: sample, log_norm (ln ‖∏J_l‖), log_smallest (ln σ_min(∏J_l), of as many singular values as there are outputs), log_bound
+            (Σ ln‖J_l‖), slack (the bound less the norm); nats. NaN where there are more than 128 outputs.
+        """
+        bound = self.log_attenuation.numpy()
+        unknown = np.full_like(bound, np.nan)
+        norm, smallest = (unknown, unknown) if self.product is None else (self.product.log_norm, self.product.log_smallest)
+        frame = pd.DataFrame({"log_norm": norm, "log_smallest": smallest, "log_bound": bound}, dtype=float)
+        # nothing is bounded by nothing with no slack
+        slack = (frame["log_bound"] - frame["log_norm"]).mask(frame["log_norm"] == frame["log_bound"], 0.0)
+        return frame.assign(slack=slack).rename_axis("sample").reset_index()
 
     def bound(self) -> pd.DataFrame:
         """The gradient product bound, as stated and precise, in logs, a row a sample.
@@ -144,7 +167,8 @@ def certify(
 ) -> Certificate:
     """Certify how a chain of stages passes its gradient backwards.
 
-    Walks from the loss to the input; at stage l it holds J_l of all samples, its singular values, g_l and g_lᵀP_l, and nothing
+    Every stage is first asked whether it is a function, of each sample alone, and rightly differentiated. Walks from the loss to the
+    input; at stage l it holds J_l of all samples, its singular values, g_l and g_lᵀP_l, and nothing
     of the other stages but their inputs.
 
     Args:
@@ -159,7 +183,8 @@ def certify(
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
 
     Returns: the certificate.
-    Raises: UserError when the model is no chain, a value is not finite (naming stage and sample), or a J_l is too large to write out.
+    Raises: UserError when the model is no chain, a stage fails its test, a value is not finite (naming stage and sample), or a J_l is too
+        large to write out.
     """
     if batch_norm not in get_args(BatchNormMode):
         raise UserError(f"certify: batch_norm={batch_norm!r}; use 'eval' or 'train'")
@@ -168,16 +193,24 @@ def certify(
     chain = cut(model, stages, dtype, batch_norm)
     layers, severities, known = [], [], []
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
+    product: Product | None = None
+    buffers = state_of(chain)
     for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
-        structure = dense(link.stage, link.inputs)
-        start = torch.randn(link.inputs.flatten(1).shape, generator=start_generator, dtype=dtype).to(inputs.device)
-        found = _extremes(link, structure, method, start)
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
+        start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
+        check_stage(link, probe, start)
+        structure = dense(link.stage, link.inputs)
+        found = _extremes(link, structure, method, start.flatten(1))
+        if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
+            product = Product.behind(probe)
+        if product is not None:
+            product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
         norms, gradients, free = _gradients(link, structure, probe)
         layers.append(_layer_rows(link, found, norms))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
 
+    check_state(chain, buffers)
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
     by_sample = table.groupby("sample")
     return Certificate(
@@ -191,6 +224,7 @@ def certify(
         singular_values=tuple(found.values for found in known[::-1]),
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
         first_parameter_norm=structure.parameter_norm() if structure else parameter_jacobian_norm(link.stage, link.inputs),
+        product=product,
     )
 
 

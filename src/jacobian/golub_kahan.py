@@ -80,7 +80,7 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
             residual = beta * p[:, -1].abs()
             if at_end or bool((residual <= tolerance * theta).all()):
                 return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, steps)
-            look += max(2, steps // 5)
+            look += max(2, steps // 3)
         betas.append(beta)
         v = r
         basis.append(v)

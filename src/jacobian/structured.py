@@ -43,6 +43,11 @@ class Dense:
         """J written out."""
         return self.slopes.unsqueeze(2) * self.weight
 
+    def pull(self, covectors: Float[Tensor, "n m k"]) -> Float[Tensor, "n d k"]:
+        """JᵀQ = Wᵀ(s∘Q)."""
+        rows = (self.slopes.unsqueeze(2) * covectors).mT.flatten(0, 1)
+        return (rows @ self.weight).unflatten(0, (len(covectors), -1)).mT
+
     def parameter_norm(self) -> Float[Tensor, " n"]:
         """‖P‖ = max|s| √(‖h‖² + 1), without the 1 where there is no bias."""
         return self.slopes.abs().amax(1) * (self.hidden.square().sum(1) + self.has_bias).sqrt()
@@ -146,7 +151,7 @@ def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
     m = J.weight.shape[0]
     L = torch.linalg.qr(J.weight.T, mode="r").R.T.contiguous()
     s = J.slopes
-    top = largest(lambda v: s * (v @ L.T), lambda u: (s * u) @ L, start, TOLERANCE)
+    top = largest(lambda v: s * (v @ L.T), lambda u: (s * u) @ L, start, TOLERANCE, least=min(12, m))
     active = s != 0
     alive = active.all(1)
     rank = active.sum(1)
