@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -271,7 +272,7 @@ def _provenance(
     options: argparse.Namespace, data: "src.data.load.Data", device: "torch.device", chosen: list[int], changes: list[str]
 ) -> dict[str, Any]:
     """Where the numbers come from: code, versions, machine, model, data."""
-    from src.experiment import VERSIONED, _git, version
+    from src.experiment import VERSIONED, _git
 
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
