@@ -114,7 +114,8 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     chosen, images, labels = draw(data, options.samples, options.seed)
     images, changes = adapt(images.to(dtype), model, options.size)
     weights = options.weights or ("random weights" if options.model.startswith("torchvision:") else "its own weights")
-    print(f"{options.model}, {weights}; {len(images)} test images of {data.name}{''.join(f', {change}' for change in changes)}")
+    said = "".join(f", {change}" for change in changes)
+    print(f"{options.model}, {weights}; {len(images)} test images of {data.name}{said}", flush=True)
     try:
         _require_classifier(options.model, model, images, data.classes)
         certificate = certify(
@@ -224,7 +225,7 @@ def adapt(images: "torch.Tensor", model: "torch.nn.Module", size: int | None) ->
     changes = []
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if images.shape[1] == 1 and channels == 3:
-        images = images.expand(-1, 3, -1, -1)
+        images = images.repeat(1, 3, 1, 1)
         changes.append("grey repeated on the 3 channels of the first convolution")
     if size:
         changes.append(f"resized from {images.shape[2]}×{images.shape[3]} to {size}×{size}")
