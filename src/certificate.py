@@ -195,7 +195,7 @@ def certify(
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     product: Product | None = None
     buffers = state_of(chain)
-    for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
+    for link in walk_back(chain, inputs.detach().to(dtype).contiguous(), targets, loss):
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
         start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
         check_stage(link, probe, start)
