@@ -90,9 +90,9 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
 
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
     """Vectors of length 1 and their lengths; zero for those no longer than `nothing`."""
-    length = vectors.norm(dim=1)
-    length = torch.where(length > nothing, length, 0)
-    return torch.where(length > 0, 1 / length, 0)[:, None] * vectors, length
+    length = torch.linalg.vector_norm(vectors, dim=1)
+    kept = length > nothing
+    return vectors * (kept / torch.where(kept, length, 1))[:, None], length * kept
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"], Float[Tensor, "n k"]]:

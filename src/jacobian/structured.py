@@ -151,7 +151,7 @@ def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
     m = J.weight.shape[0]
     L = torch.linalg.qr(J.weight.T, mode="r").R.T.contiguous()
     s = J.slopes
-    top = largest(lambda v: s * (v @ L.T), lambda u: (s * u) @ L, start, TOLERANCE, least=min(12, m))
+    top = largest(lambda v: s * (v @ L.T), lambda u: (s * u) @ L, start, TOLERANCE, least=min(20, m))
     active = s != 0
     alive = active.all(1)
     rank = active.sum(1)
