@@ -1,22 +1,24 @@
 """Step 10, the certificate: what K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth) says of how well a network will train.
 
-A zoo of random networks, family × depth × gain × activation × normalisation × width. Each is certified at initialisation, sample by
-sample, every entry with its enclosure, and then trained for one budget. Spearman's ρ over the zoo between an entry and the accuracy
-reached tells whether the entry predicts; beside K_back stand the gradient's own end-to-end ratio, χ, the severity and the lock condition.
+A zoo of random networks, family × depth × gain × activation × normalisation × width: architectures drawn at random from all
+combinations, so that they are independent draws. Each is certified at initialisation, sample by sample, every entry with its enclosure, and
+then trained for one budget: the same steps, batches and learning rate. Spearman's ρ over the zoo between an entry and the accuracy reached
+tells whether the entry predicts; beside K_back stand the gradient's own end-to-end ratio, χ, the severity and the lock condition.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from src.certificate import Certificate, certify
+from src.certificate import Certificate
 from src.chain import cut
-from src.config import Config, Criterion, ModelConfig, Skip, require
+from src.config import Config, Criterion, ModelConfig, Norm, Skip, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
@@ -24,11 +26,10 @@ from src.locking import log_rms
 from src.mean_field import critical_weight_var
 from src.plan import Work
 from src.prediction import association, association_gain, predict_left_out
-from src.rows import pick
+from src.rows import Row, measured, pick
+from src.seeds import generator
 from src.statistics import Estimate, greatest, least
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "log_attenuation": "Σ_l ln ‖J_l‖, nats; enclosed by the backward error of each SVD",
@@ -51,9 +52,11 @@ QUANTITIES = {
 }
 KINDS: dict[Skip, str] = {"none": "plain", "original": "original residual", "preactivation": "pre-activation"}
 CONVOLUTIONAL = "convolutional"
-CONVOLUTIONS: tuple[tuple[str, Skip], ...] = (("vgg", "none"), ("cifar", "none"), ("cifar", "original"), ("cifar", "preactivation"))
+Shape = tuple[Literal["mlp", "residual_mlp", "vgg", "cifar"], Skip]
+DENSE: tuple[Shape, ...] = (("mlp", "none"), ("residual_mlp", "original"), ("residual_mlp", "preactivation"))
+CONVOLUTIONS: tuple[Shape, ...] = (("vgg", "none"), ("cifar", "none"), ("cifar", "original"), ("cifar", "preactivation"))
 ENDS = ("value", "lo", "hi")  # an entry and the ends of its enclosure
-NETWORK = ["kind", "family", "skip", "activation", "norm", "weight_var", "depth", "width"]
+NETWORK = ["kind", "family", "skip", "activation", "norm", "weight_var", "depth", "width", "net_seed"]
 
 
 def _more(values: pd.Series) -> pd.Series:
@@ -86,6 +89,9 @@ READINGS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
 ENTRIES = ("attenuation", "rank", "conditioning", "skip_depth")
 # K_back's numbers alone: the product may be read either way
 K_BACK = (*ENTRIES, "attenuation_either_way")
+# what the specification says to certify: each is also held to the statement that it predicts nothing
+STATED = (*ENTRIES, "severity", "severity_nonzero", "lock_condition")
+KEYS = ["kind", "norm", "activation"]
 
 
 def check(config: Config, data: Data) -> None:
@@ -94,6 +100,7 @@ def check(config: Config, data: Data) -> None:
     Raises: UserError naming the key.
     """
     grid = config.grid
+    require(grid.seeds >= 2, "grid.seeds: at least 2 architectures of each kind")
     require(all(depth >= 4 and depth % 2 == 0 for depth in grid.depths), "grid.depths: 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
     require(min(grid.gains) > 0, "grid.gains: above 0, in units of the critical σw²")
     require(min(grid.widths) >= 2, "grid.widths: at least 2 units: a single one has no order of singular values")
@@ -103,30 +110,27 @@ def check(config: Config, data: Data) -> None:
 
 def plan(context: Context) -> list[Work]:
     """What is certified and trained."""
-    steps = context.steps()
-    return [Work(model, context.config.grid.seeds, steps, measuring=context.certify) for model in zoo(context.config)]
+    return [Work(model, 1, context.steps(), measuring=context.certify) for model in zoo(context.config)]
 
 
 def zoo(config: Config) -> list[ModelConfig]:
-    """The architectures: every gain at the greatest width, and at gain 1 both normalisations and the other widths."""
-    grid, widest = config.grid, max(config.grid.widths)
-    gains: list[Row] = [{"norm": "none", "gain": gain, "width": widest} for gain in grid.gains]
-    norms: list[Row] = [{"norm": norm, "gain": 1.0, "width": widest} for norm in ("batch", "layer")]
-    narrow: list[Row] = [{"norm": "none", "gain": 1.0, "width": width} for width in grid.widths if width < widest]
-    shapes = [({"family": "mlp" if skip == "none" else "residual_mlp", "skip": skip}, depth) for skip in KINDS for depth in grid.depths]
-    dense = [{**shape, "depth": depth, **setting} for shape, depth in shapes for setting in [*gains, *norms, *narrow]]
-    convolutional = [
-        {"family": family, "skip": skip, "depth": 8, **setting, "width": width}
-        for family, skip in CONVOLUTIONS
-        for width in grid.conv_widths
-        for setting in [*gains, norms[0]]
-    ]
+    """Of each kind `grid.seeds` architectures, drawn without replacement from all combinations of the axes: the same at every seed."""
+    grid, draw = config.grid, generator(0, "zoo")
     critical = {activation: critical_weight_var(activation, config.model.bias_var) for activation in grid.activations}
-    models = []
-    for net in [*dense, *convolutional]:
-        shape = {key: value for key, value in net.items() if key != "gain"}
-        models += [replace(config.model, activation=phi, weight_var=net["gain"] * critical[phi], **shape) for phi in grid.activations]
-    return models
+
+    def combinations(shapes: Sequence[Shape], norms: Sequence[Norm], depths: Sequence[int], widths: Sequence[int]) -> list[ModelConfig]:
+        axes = (shapes, norms, depths, widths, grid.activations, grid.gains)
+        return [
+            replace(
+                config.model, family=family, skip=skip, norm=norm, depth=depth, width=width, activation=phi, weight_var=gain * critical[phi]
+            )
+            for (family, skip), norm, depth, width, phi, gain in product(*axes)
+        ]
+
+    dense = [combinations([shape], get_args(Norm), grid.depths, grid.widths) for shape in DENSE]
+    convolutional = combinations(CONVOLUTIONS, ("none", "batch"), [8], grid.conv_widths)
+    kinds = (*dense, convolutional)
+    return [models[place] for models in kinds for place in torch.randperm(len(models), generator=draw)[: grid.seeds].tolist()]
 
 
 def kind(model: ModelConfig) -> str:
@@ -141,32 +145,31 @@ def measure(context: Context) -> pd.DataFrame:
 
 def _networks(context: Context) -> Iterator[Row]:
     config, grid = context.config, context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
+    inputs, _ = context.samples(context.data.test, grid.samples)
     models = zoo(config)
-    shown = {kind(model): model for model in models}
-    for model in context.progress(models, "zoo"):
-        for seed in range(grid.seeds):
-            network, name = context.calibrated(model, seed), describe(model, seed)
-            certificate = certify(network, inputs, targets)
-            where = {"kind": kind(model), **network_columns(model, seed)}
-            if seed == 0 and model is shown[kind(model)]:
-                context.tracker.certificate(name, certificate)
-            measured = dict(_of_batch(certificate))
-            if model.depth == min(grid.depths) and kind(model) != CONVOLUTIONAL:
-                measured["enclosure_error"] = enclosure_error(network, inputs, certificate)
-            outcome = context.train(network, name, seed)
-            diverged = outcome.metrics()["diverged"]
-            measured["accuracy"] = 1 / context.data.classes if diverged else outcome.metrics()["test_accuracy"]
-            measured["diverged"] = diverged
-            yield from ({**row, **where} for row in _of_samples(certificate))
-            yield from ({"quantity": quantity, "value": value, "of": "batch", **where} for quantity, value in measured.items())
+    shown = {kind(model): seed for seed, model in enumerate(models)}.values()
+    # each architecture draws weights and an order of images of its own: the draws are independent
+    for seed, model in enumerate(context.progress(models, "zoo")):
+        network, name = context.calibrated(model, seed), describe(model)
+        certificate = context.certify(network)
+        where = {"kind": kind(model), **network_columns(model, seed)}
+        if seed in shown:
+            context.tracker.certificate(name, certificate)
+        yield from _k_back(certificate, where)
+        yield from _bounds(certificate, where)
+        batch = {"of": "batch", **where}
+        yield from measured({"known": "estimated", **batch}, **rivals(certificate))
+        yield from measured(batch, tolerance=certificate.tolerance)
+        if model.depth == min(grid.depths) and kind(model) != CONVOLUTIONAL:
+            yield from measured(batch, enclosure_error=enclosure_error(network, inputs, certificate))
+        outcome = context.train(network, name, seed).metrics()
+        reached = 1 / context.data.classes if outcome["diverged"] else outcome["test_accuracy"]
+        yield from measured(batch, accuracy=reached, diverged=outcome["diverged"])
 
 
-def describe(model: ModelConfig, seed: int) -> str:
+def describe(model: ModelConfig) -> str:
     """What tells a network of the zoo from the others, for its curves."""
-    return (
-        f"{kind(model)} {model.family} {model.activation}, {model.norm}, {model.weight_var:.3g}, {model.depth}×{model.width}, seed {seed}"
-    )
+    return f"{kind(model)} {model.family} {model.activation}, {model.norm}, {model.weight_var:.3g}, {model.depth}×{model.width}"
 
 
 def entries(certificate: Certificate) -> pd.DataFrame:
@@ -201,41 +204,48 @@ def entries(certificate: Certificate) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _of_samples(certificate: Certificate) -> Iterator[Row]:
-    """K_back of every sample and, for the batch, its median and extremes; both forms of the product bound."""
+def _k_back(certificate: Certificate, where: Row) -> Iterator[Row]:
+    """K_back of every sample with its enclosure and, for the batch, the median and the extremes over samples."""
     found = entries(certificate)
     for row in found.to_dict("records"):
-        at = {"quantity": row["quantity"], "sample": row["sample"], "of": "sample", "known": "enclosed"}
+        at = {"quantity": row["quantity"], "sample": row["sample"], "of": "sample", "known": "enclosed", **where}
         yield from ({**at, "end": end, "value": row[end]} for end in ENDS)
     for quantity, samples in found.groupby("quantity", sort=False):
         for of in ("median", "min", "max"):
             ends = getattr(np, of)(samples[[*ENDS]].to_numpy(dtype=float), axis=0)
-            at = {"quantity": quantity, "of": of, "known": "enclosed"}
+            at = {"quantity": quantity, "of": of, "known": "enclosed", **where}
             yield from ({**at, "end": end, "value": value} for end, value in zip(ENDS, ends, strict=True))
-    for quantity, value in (("skip_depth", certificate.skip_depth), ("path_depth", certificate.depth)):
-        yield {"quantity": quantity, "value": float(value), "of": "batch", "known": "exact", "end": "value"}
+    exact = {"of": "batch", "known": "exact", "end": "value", **where}
+    yield from measured(exact, skip_depth=float(certificate.skip_depth), path_depth=float(certificate.depth))
+
+
+def _bounds(certificate: Certificate, where: Row) -> Iterator[Row]:
+    """Both forms of the product bound, a slack a sample."""
     bound = certificate.bound()
     stated = certificate.log_attenuation.numpy() + _layer(certificate, -1, "log_error_norm")
     # 0 ≤ 0 holds with no slack
-    slacks = {"slack_as_stated": np.where(stated == bound["lhs"], 0.0, stated - bound["lhs"]), "slack": bound["slack"]}
-    for quantity, slack in slacks.items():
-        yield from ({"quantity": quantity, "value": value, "sample": sample, "of": "sample"} for sample, value in enumerate(slack))
+    slack = np.where(stated == bound["lhs"], 0.0, stated - bound["lhs"])
+    for sample, (as_stated, precise) in enumerate(zip(slack, bound["slack"], strict=True)):
+        yield from measured({"sample": sample, "of": "sample", **where}, slack_as_stated=as_stated, slack=precise)
 
 
-def _of_batch(certificate: Certificate) -> Iterator[tuple[str, float]]:
-    """What is measured beside K_back, a number a network."""
-    full = torch.tensor([values.shape[1] for values in certificate.singular_values])
+def rivals(certificate: Certificate) -> dict[str, float]:
+    """What is measured of a batch beside K_back, estimated from its samples."""
+    full = np.array([values.shape[1] for values in certificate.singular_values])
     rank = certificate.layers.pivot(index="sample", columns="index", values="rank").to_numpy()
-    yield "relative_rank", float(np.median((rank / full.numpy()).min(axis=1)))
     first, last = (log_rms(torch.tensor(_layer(certificate, place, "log_error_norm"))) for place in (0, -1))
-    yield "gradient_ratio", first - last
     mean_square = certificate.layers.groupby("index")["mean_square"].mean()
     with np.errstate(divide="ignore"):
-        yield "chi", float(np.log(mean_square.iloc[1:]).sum() / 2)
-    yield "severity", float(certificate.severity["lambda"].mean())
-    yield "severity_nonzero", float(certificate.severity["lambda_nonzero"].mean())
-    yield "locked", float(certificate.severity["locked"].mean())
-    yield "tolerance", certificate.tolerance
+        chi = float(np.log(mean_square.iloc[1:]).sum() / 2)
+    of_stages = certificate.severity[["lambda", "lambda_nonzero", "locked"]].mean()
+    return {
+        "relative_rank": float(np.median((rank / full).min(axis=1))),
+        "gradient_ratio": first - last,
+        "chi": chi,
+        "severity": of_stages["lambda"],
+        "severity_nonzero": of_stages["lambda_nonzero"],
+        "locked": of_stages["locked"],
+    }
 
 
 def _layer(certificate: Certificate, place: int, column: str) -> np.ndarray:
@@ -266,26 +276,37 @@ def refined_singular_values(J: np.ndarray) -> np.ndarray:
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
     nets = networks(rows)
-    rivals = [(rival, entry) for rival in ("gradient_ratio", "chi") for entry in ("attenuation", "attenuation_either_way")]
+    rivalries = [(rival, entry) for rival in ("gradient_ratio", "chi") for entry in ("attenuation", "attenuation_either_way")]
     cells = {
-        **{f"{name}_predicts": pd.DataFrame([cell(association(nets[name], nets["accuracy"]), reading=name)]) for name in READINGS},
+        **{f"{name}_predicts": _predicts(nets, name) for name in READINGS},
+        **{f"{name}_predicts_nothing": _predicts(nets, name) for name in STATED},
         "better_than_depth": pd.DataFrame([cell(_gain(nets, entry, "path_depth"), entry=entry) for entry in ENTRIES]),
-        "gradient_better": pd.DataFrame([cell(_gain(nets, rival, entry), rival=rival, over=entry) for rival, entry in rivals]),
+        "gradient_better": pd.DataFrame([cell(_gain(nets, rival, entry), rival=rival, over=entry) for rival, entry in rivalries]),
         "combination": _left_out(nets, K_BACK),
         "wider_combination": _left_out(nets, tuple(READINGS)),
-        "gradient_product": _extremes(rows, "slack_as_stated", least),
-        "product_bound": _extremes(rows, "slack", least),
-        "enclosures": _extremes(rows, "enclosure_error", greatest),
+        "gradient_product": cells_by(pick(rows, "slack_as_stated"), KEYS, least),
+        "product_bound": cells_by(pick(rows, "slack"), KEYS, least),
+        "enclosures": cells_by(pick(rows, "enclosure_error"), KEYS, greatest),
     }
     return judge_forms("certificate", criteria, cells)
 
 
 def networks(rows: pd.DataFrame) -> pd.DataFrame:
-    """The zoo as a table, a row an architecture: median over samples and seeds of every reading, mean accuracy over seeds."""
-    batch = rows[rows["of"].isin(["batch", "median"]) & ~rows["end"].isin(["lo", "hi"])].groupby([*NETWORK, "quantity"])["value"]
-    values, accuracy = batch.median().unstack(), batch.mean().unstack()["accuracy"]
+    """The zoo as a table, a row an architecture: every reading, the median over samples where it has one, and the accuracy reached."""
+    batch = rows[rows["of"].isin(["batch", "median"]) & ~rows["end"].isin(["lo", "hi"])]
+    values = batch.pivot(index=NETWORK, columns="quantity", values="value")
     readings = {name: read(values[quantity]) for name, (quantity, read) in READINGS.items()}
-    return pd.DataFrame({**readings, "accuracy": accuracy}).reset_index()
+    return pd.DataFrame({**readings, "accuracy": values["accuracy"]}).reset_index()
+
+
+def told(rho: Estimate) -> str:
+    """What a correlation's interval says of a reading."""
+    return "predicts" if rho.lo > 0 else "predicts the reverse" if rho.hi < 0 else "predicts nothing"
+
+
+def _predicts(nets: pd.DataFrame, reading: str) -> pd.DataFrame:
+    rho = association(nets[reading], nets["accuracy"])
+    return pd.DataFrame([cell(rho, reading=reading, told=told(rho))])
 
 
 def _gain(nets: pd.DataFrame, better: str, worse: str) -> Estimate:
@@ -298,9 +319,3 @@ def _left_out(nets: pd.DataFrame, readings: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(
         [cell(association(n["predicted"], n["accuracy"]), left_out=kind, chosen=n["chosen"].iloc[0]) for kind, n in foretold]
     )
-
-
-def _extremes(rows: pd.DataFrame, quantity: str, extreme: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
-    """The extreme of a quantity over all networks and samples of a kind and normalisation."""
-    keys = ["kind", "norm", "activation"]
-    return pd.DataFrame([cell(extreme(v), **dict(zip(keys, at, strict=True))) for at, v in pick(rows, quantity).groupby(keys)["value"]])

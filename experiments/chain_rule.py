@@ -10,6 +10,7 @@ be read as a row). The rank of the product of many layers is held against the Ly
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, product
 from typing import Any, Literal
 
@@ -28,13 +29,13 @@ from src.jacobian.materialised import layer_jacobian, parameter_gradients
 from src.locking import Link, walk_back
 from src.mean_field import CRITICAL_WEIGHT_VAR
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.spectrum import spectrum
 from src.statistics import greatest, least, t_interval
-from src.verdict import Verdict, cell, judge_forms
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
-Row = dict[str, Any]
 Family = Literal["mlp", "residual_mlp", "cifar", "vgg"]
+Kind = tuple[Family, Skip, Norm]
 
 QUANTITIES = {
     "error": "‖∇θ_l by the product − ∇θ_l by autograd‖ / ‖∇θ_l by autograd‖, the worst sample and stage of a chain",
@@ -49,9 +50,10 @@ FAMILIES: dict[Family, tuple[tuple[Skip, ...], tuple[Norm, ...]]] = {
     "cifar": (("none", "original", "preactivation"), ("none", "batch")),
     "vgg": (("none",), ("none", "batch")),
 }
-KINDS = [(family, skip, norm) for family, (skips, norms) in FAMILIES.items() for skip, norm in product(skips, norms)]
+KINDS: list[Kind] = [(family, skip, norm) for family, (skips, norms) in FAMILIES.items() for skip, norm in product(skips, norms)]
 CONVOLUTIONAL = ("cifar", "vgg")
 CONVOLUTIONAL_DEPTH = 8
+PRODUCT = ["activation", "init", "factors"]
 
 
 def check(config: Config, data: Data) -> None:
@@ -75,10 +77,12 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured; nothing is trained."""
     config, grid = context.config, context.config.grid
+    compared, multiplied = partial(_compared, context), partial(_multiplied, context)
+    on_batch = {size: partial(_compared_on_batch, context, size) for size in grid.batch_sizes}
     return [
-        *(Work(model, 1) for model, _ in _random(config)),
-        *(Work(model, 1) for model, _ in _coupled(config)),
-        *(Work(model, grid.seeds) for model in _deep(config)),
+        *(Work(model, 1, measuring=compared) for model, _ in _random(config)),
+        *(Work(model, 1, measuring=on_batch[size]) for model, size, _ in _coupled(config)),
+        *(Work(model, grid.seeds, measuring=multiplied) for model in _deep(config)),
     ]
 
 
@@ -88,59 +92,73 @@ def measure(context: Context) -> pd.DataFrame:
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
+def _net(config: Config, kind: Kind, depth: int, conv_width: int, **changes: Any) -> ModelConfig:
+    """A chain of one kind; convolutional nets have a depth and a width of their own."""
+    family, skip, norm = kind
+    depth, width = (CONVOLUTIONAL_DEPTH, conv_width) if family in CONVOLUTIONAL else (depth, config.model.width)
+    return replace(config.model, family=family, skip=skip, norm=norm, depth=depth, width=width, **changes)
+
+
 def _random(config: Config) -> list[tuple[ModelConfig, int]]:
     """Chains of every kind and activation with their seeds; depth and σw² go round with the seed."""
-    grid = config.grid
-    chains = []
-    for (family, skip, norm), activation, seed in product(KINDS, grid.activations, range(grid.certified_seeds)):
-        convolutional = family in CONVOLUTIONAL
-        depth = CONVOLUTIONAL_DEPTH if convolutional else grid.depths[seed % len(grid.depths)]
-        width = grid.conv_width if convolutional else config.model.width
-        weight_var = grid.weight_vars[seed % len(grid.weight_vars)]
-        changes: dict[str, Any] = {"family": family, "skip": skip, "norm": norm, "activation": activation, "depth": depth, "width": width}
-        chains.append((replace(config.model, **changes, weight_var=weight_var), seed))
+    grid, chains = config.grid, []
+    for kind, activation, seed in product(KINDS, grid.activations, range(grid.certified_seeds)):
+        depth, weight_var = grid.depths[seed % len(grid.depths)], grid.weight_vars[seed % len(grid.weight_vars)]
+        chains.append((_net(config, kind, depth, grid.conv_width, activation=activation, weight_var=weight_var), seed))
     return chains
 
 
 def _per_sample(context: Context) -> Iterator[Row]:
     """Sample by sample, normalisation frozen."""
-    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
     for model, seed in context.progress(_random(context.config), "chains"):
-        network = context.calibrated(model, seed)
         where = {"part": "per sample", "batch_norm": "eval", **network_columns(model, seed)}
-        truth = autograd_gradients(network, zip(inputs.split(1), targets.split(1), strict=True), training=False)
-        links, jacobians = written_out(cut(network, None, torch.float64, "eval"), inputs, targets)
-        signals = list(pulled_back(jacobians, links[0]))
-        yield {"quantity": "error", "value": worst_error(links, signals, truth), **where}
-        sizes = [relative(c.norm(dim=1) - g.norm(dim=1), g.norm(dim=1)) for c, g in zip(signals, truth, strict=True)]
-        yield {"quantity": "error_without_parameters", "value": float(torch.stack(sizes).max()), **where}
-        if model.family == "mlp":
-            readout, *hidden = jacobians
-            *_, turned = pulled_back([readout, *hidden[::-1]], links[0])
-            yield {"quantity": "error_reversed", "value": float(errors(links[-1], turned, truth[-1]).min()), **where}
+        yield from measured(where, **_compared(context, context.calibrated(model, seed), reversible=model.family == "mlp"))
 
 
-def _coupled(config: Config) -> list[tuple[ModelConfig, int]]:
-    """Chains with batch normalisation and the size of the batch that they are trained on."""
-    grid = config.grid
-    dense: dict[str, Any] = {"norm": "batch", "activation": "tanh", "depth": min(grid.depths)}
-    kinds: list[tuple[Family, Skip]] = [("mlp", "none"), ("residual_mlp", "original"), ("residual_mlp", "preactivation")]
-    chains = [(replace(config.model, **dense, family=family, skip=skip), size) for (family, skip), size in product(kinds, grid.batch_sizes)]
-    convolutional = {**dense, "family": "vgg", "depth": CONVOLUTIONAL_DEPTH, "width": grid.conv_width}
-    return [*chains, (replace(config.model, **convolutional), min(grid.batch_sizes))]
+def _compared(context: Context, network: nn.Sequential, reversible: bool = False) -> dict[str, float]:
+    """Every form of the product against autograd, sample by sample."""
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    truth = autograd_gradients(network, zip(inputs.split(1), targets.split(1), strict=True), training=False)
+    links, jacobians = written_out(cut(network, None, torch.float64, "eval"), inputs, targets)
+    signals = list(pulled_back(jacobians, links[0]))
+    lengths = [relative(c.norm(dim=1) - g.norm(dim=1), g.norm(dim=1)) for c, g in zip(signals, truth, strict=True)]
+    found = {"error": worst_error(links, signals, truth), "error_without_parameters": float(torch.stack(lengths).max())}
+    if reversible:
+        readout, *hidden = jacobians
+        *_, turned = pulled_back([readout, *hidden[::-1]], links[0])
+        found["error_reversed"] = float(errors(links[-1], turned, truth[-1]).min())
+    return found
+
+
+def _coupled(config: Config) -> list[tuple[ModelConfig, int, int]]:
+    """Chains of every kind with batch normalisation, the batch on which they are one operator, and their seeds.
+
+    Convolutional ones, whose operators are the largest, have one channel and one seed, and see the smallest batch.
+    """
+    grid, chains = config.grid, []
+    for kind in KINDS:
+        family, _, norm = kind
+        small = family in CONVOLUTIONAL
+        sizes, seeds = ([min(grid.batch_sizes)], 1) if small else (grid.batch_sizes, grid.certified_seeds)
+        if norm == "batch":
+            net = _net(config, kind, min(grid.depths), 1, activation="tanh")
+            chains += [(net, size, seed) for size, seed in product(sizes, range(seeds))]
+    return chains
 
 
 def _on_batch(context: Context) -> Iterator[Row]:
     """Train-mode batch normalisation: the chain as one operator on the batch, and the samples' own Jacobians alone."""
-    for model, size in context.progress(_coupled(context.config), "batches"):
-        for seed in range(context.config.grid.certified_seeds):
-            network = context.network(model, seed)
-            inputs, targets = context.samples(context.data.test, size)
-            where = {"part": "batch", "batch_norm": "train", "batch_size": size, **network_columns(model, seed)}
-            truth = autograd_gradients(network, [(inputs, targets)], training=True)
-            links, jacobians = written_out(cut(network, None, torch.float64, "train"), inputs, targets)
-            for quantity, factors in (("error", jacobians), ("error_own", [own_blocks(J, size) for J in jacobians])):
-                yield {"quantity": quantity, "value": worst_error(links, pulled_back(factors, links[0]), truth), **where}
+    for model, size, seed in context.progress(_coupled(context.config), "batches"):
+        where = {"part": "batch", "batch_norm": "train", "batch_size": size, **network_columns(model, seed)}
+        yield from measured(where, **_compared_on_batch(context, size, context.network(model, seed)))
+
+
+def _compared_on_batch(context: Context, size: int, network: nn.Sequential) -> dict[str, float]:
+    inputs, targets = context.samples(context.data.test, size)
+    truth = autograd_gradients(network, [(inputs, targets)], training=True)
+    links, jacobians = written_out(cut(network, None, torch.float64, "train"), inputs, targets)
+    factors = {"error": jacobians, "error_own": [own_blocks(J, size) for J in jacobians]}
+    return {quantity: worst_error(links, pulled_back(Js, links[0]), truth) for quantity, Js in factors.items()}
 
 
 def autograd_gradients(network: nn.Sequential, batches: Iterable[tuple[Tensor, Tensor]], training: bool) -> list[Tensor]:
@@ -204,13 +222,17 @@ def _deep(config: Config) -> list[ModelConfig]:
 
 def _degeneration(context: Context) -> Iterator[Row]:
     """The rank of the product of the last m hidden Jacobians of deep MLPs, m a power of two."""
-    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
     for model in context.progress(_deep(context.config), "products"):
         for seed in range(context.config.grid.seeds):
-            _, (_, *hidden) = written_out(cut(context.network(model, seed), None, torch.float64, "eval"), inputs, targets)
-            for factors, kept in kept_ranks(hidden):
-                where = {"part": "product", "factors": factors, **network_columns(model, seed)}
-                yield {"quantity": "kept_rank", "value": kept, **where}
+            for factors, kept in _multiplied(context, context.network(model, seed)).items():
+                yield from measured({"part": "product", "factors": factors, **network_columns(model, seed)}, kept_rank=kept)
+
+
+def _multiplied(context: Context, network: nn.Sequential) -> dict[int, float]:
+    """The rank that a product of hidden Jacobians keeps, by its factors."""
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    _, (_, *hidden) = written_out(cut(network, None, torch.float64, "eval"), inputs, targets)
+    return dict(kept_ranks(hidden))
 
 
 def kept_ranks(jacobians: Sequence[Tensor]) -> Iterator[tuple[int, float]]:
@@ -238,56 +260,30 @@ def predicted_kept_rank(width: int, factors: float) -> float:
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
+    kind = ["family", "skip", "norm", "batch_norm"]
+    own = pd.concat([pick(rows, "error", part="per sample"), pick(rows, "error_own")])
+    kept = pick(rows, "kept_rank")
+    longest = kept[kept["factors"] == kept["factors"].max()]
     cells = {
-        "chain_rule": pd.concat([_by_kind(rows, "error", part="per sample"), _by_kind(rows, "error_own")]),
-        "operators": _by_kind(rows, "error"),
-        "gradient_chain": _by_kind(rows, "error_without_parameters"),
-        "order": _order(rows),
-        "degenerates": _least_kept(rows),
-        "degenerate_where": _kept(rows),
-        "lyapunov": _against_lyapunov(rows),
+        "chain_rule": cells_by(own, ["batch_norm"], greatest),
+        "operators": cells_by(pick(rows, "error"), kind, greatest),
+        "gradient_chain": cells_by(pick(rows, "error_without_parameters"), kind, greatest),
+        "order": cells_by(pick(rows, "error_reversed"), ["norm", "activation"], least),
+        "degenerates": _least_kept(longest),
+        "degenerate_where": cells_by(longest, PRODUCT, t_interval),
+        "lyapunov": _against_lyapunov(kept),
     }
     return judge_forms("chain_rule", criteria, cells)
 
 
-def _by_kind(rows: pd.DataFrame, quantity: str, **where: object) -> pd.DataFrame:
-    """The largest error over all chains of a kind."""
-    keys = ["family", "skip", "norm", "batch_norm"]
-    kinds = pick(rows, quantity, **where).groupby(keys)["value"]
-    return pd.DataFrame([cell(greatest(values), **dict(zip(keys, at, strict=True))) for at, values in kinds])
-
-
-def _order(rows: pd.DataFrame) -> pd.DataFrame:
-    """The smallest error of the reversed product, by normalisation and activation."""
-    keys = ["norm", "activation"]
-    kinds = pick(rows, "error_reversed").groupby(keys)["value"]
-    return pd.DataFrame([cell(least(values), **dict(zip(keys, at, strict=True))) for at, values in kinds])
-
-
-def _longest(rows: pd.DataFrame) -> pd.DataFrame:
-    kept = pick(rows, "kept_rank")
-    return kept[kept["factors"] == kept["factors"].max()]
-
-
-def _least_kept(rows: pd.DataFrame) -> pd.DataFrame:
+def _least_kept(longest: pd.DataFrame) -> pd.DataFrame:
     """The rank that the longest product keeps in the chain where it keeps least."""
-    kept = _longest(rows)
-    found = kept.loc[kept["value"].idxmin()]
-    return pd.DataFrame([cell(least(kept["value"]), activation=found["activation"], init=found["init"], factors=int(found["factors"]))])
+    found = longest.loc[longest["value"].idxmin()]
+    return pd.DataFrame([cell(least(longest["value"]), **found[PRODUCT])])
 
 
-def _kept(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rank that the longest product keeps, over seeds."""
-    kinds = _longest(rows).groupby(["activation", "init", "factors"])["value"]
-    return pd.DataFrame([cell(t_interval(values), activation=phi, init=init, factors=int(m)) for (phi, init, m), values in kinds])
-
-
-def _against_lyapunov(rows: pd.DataFrame) -> pd.DataFrame:
+def _against_lyapunov(kept: pd.DataFrame) -> pd.DataFrame:
     """The rank kept by Gaussian linear chains minus the prediction, over seeds."""
-    linear = pick(rows, "kept_rank", activation="linear", init="gaussian").groupby(["width", "factors"])["value"]
-    return pd.DataFrame(
-        [
-            cell(t_interval(values - predicted_kept_rank(int(width), int(factors))), width=int(width), factors=int(factors))
-            for (width, factors), values in linear
-        ]
-    )
+    linear = kept.query("activation == 'linear' and init == 'gaussian'")
+    predicted = [predicted_kept_rank(net.width, net.factors) for net in linear.itertuples()]
+    return cells_by(linear.assign(value=linear["value"] - predicted), ["width", "factors"], t_interval)

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from src import mean_field
 from src.config import Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.diversity import dissimilarity, participation_ratio, rank
@@ -32,42 +31,38 @@ from src.experiment import Context, network_columns
 from src.locking import ErrorSignal, severity
 from src.models.exits import MultiExit
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.statistics import Estimate, slope, t_interval
 from src.training.loop import Objective, end_to_end
 from src.training.objectives import DeepSupervision, exit_losses
-from src.verdict import INTERVAL, Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "dissimilarity": "1 − c_l, c_l the mean cosine between two samples' states behind stage l",
     "participation": "(Σλ)²/Σλ² of the Gram matrix of the states behind stage l",
     "state_rank": "numerical rank of the states behind stage l",
     "error_signal": "½ ln mean ‖g_l‖² behind stage l, nats",
-    "signal_rank": "numerical rank of the error signals g_1 over the samples",
-    "severity": "1 − σ_r/σ_1 of the error signals g_1 over the samples, over the r nonzero singular values",
+    "severity": "1 − σ_r/σ_1 of the error signals g_l over the samples, over the r nonzero singular values",
+    "signal_rank": "numerical rank of the error signals g_l over the samples",
     "forward_lock": "−log₁₀(1 − c), c the mean cosine between two samples of what the readout reads, decades",
     "backward_lock": "log₁₀ ‖g_{L−1}‖/‖g_1‖, root mean squares over the samples, of the loss that is trained on; decades",
     "main_lock": "the same of the chain's own loss alone",
-    "forward_rate": "slope of ln (1 − c_l) over layers, nats a layer",
-    "backward_rate": "slope of ln ‖g_l‖² against the distance from the loss, nats a layer",
     "schedule_lock": "‖∇θ_1 − ∇θ_1'‖/‖∇θ_1‖, the latter after the signs of the last weights are flipped",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
 }
-# by what is locked; each is a plain chain
+WAYS = ("forward", "backward")
+LOCKS = [f"{way}_lock" for way in WAYS]
+# plain chains by what is locked
 CHAINS: dict[str, dict[str, Any]] = {
     "neither": {"activation": "linear", "init": "orthogonal", "weight_var": 1.0, "bias_var": 0.0},
     "forwards": {"activation": "relu", "init": "gaussian", "weight_var": 2.0, "bias_var": 0.0},
     "backwards": {"activation": "tanh", "init": "gaussian", "weight_var": 4.0, "bias_var": 0.0},
     "both": {"activation": "tanh", "init": "gaussian", "weight_var": 1.0, "bias_var": 0.05},
 }
-RATED: tuple[dict[str, Any], ...] = (
-    {"activation": "tanh", "weight_var": 1.0, "bias_var": 0.05},
-    {"activation": "tanh", "weight_var": 1.3, "bias_var": 0.05},
-    {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0},
-)
+LOCKED = {"neither": (), "forwards": ("forward",), "backwards": ("backward",), "both": WAYS}
+# what else is measured of the last states and of the first error signals, by the way it is about
+MEASURES = {"participation": "forward", "state_rank": "forward", "severity": "backward", "signal_rank": "backward"}
 # plain chains that want a remedy
 PATIENTS: dict[str, dict[str, Any]] = {
     "ReLU, σw²=2": {"activation": "relu", "weight_var": 2.0, "bias_var": 0.0},
@@ -81,10 +76,11 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "layer": {"skip": "none", "norm": "layer"},
     "exits": {"skip": "none", "norm": "none"},
 }
-WAYS = ("forward", "backward")
-GAIN = ["way", "when", "patient", "remedy"]
+PATIENT = ["way", "when", "patient"]
+GAIN = [*PATIENT, "remedy"]
 SCHEDULED = "ReLU, σw²=2"  # the patient whose schedule is looked at: its gradient reaches the first stage
 ALPHA = 0.3  # the weight of an auxiliary loss (Szegedy et al. 2015, Going deeper with convolutions, section 5)
+FAINTEST = math.log(torch.finfo(torch.float64).tiny) / 2  # ln of the faintest error signal that counts
 
 
 def check(config: Config, data: Data) -> None:
@@ -94,7 +90,6 @@ def check(config: Config, data: Data) -> None:
     """
     grid, depth = config.grid, config.model.depth
     require(depth >= 8 and depth % 2 == 0, "model.depth: 2n+2 weight layers, at least 8 (8, 10, 12, …)")
-    require(grid.rate_depth >= 6, "grid.rate_depth: at least 6 weight layers, for a slope over half of them")
     require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
     require(grid.train_width >= 8, "grid.train_width: at least 8 units: narrower chains die")
     require(min(grid.seeds, grid.train_seeds) >= 2, "grid.seeds, grid.train_seeds: at least 2, for an interval")
@@ -104,17 +99,24 @@ def check(config: Config, data: Data) -> None:
 
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
-    config, grid = context.config, context.config.grid
-    steps = context.steps()
+    config, grid, steps = context.config, context.config.grid, context.steps()
+
+    def exhibiting(network: nn.Sequential) -> None:
+        list(_both_ways(context, network, {}))
+
+    def treating(network: nn.Sequential) -> None:
+        for _ in ("before", "after"):
+            list(_locks(context, passing(context, network), {}))
+
     return [
-        *(Work(model, grid.seeds) for model in [*_exhibited(config).values(), *_rated(config)]),
-        *(Work(model, grid.train_seeds, steps) for _, _, model in _treated(config)),
+        *(Work(model, grid.seeds, measuring=exhibiting) for model in _exhibited(config).values()),
+        *(Work(model, grid.train_seeds, steps, measuring=treating) for _, _, model in _treated(config)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    return pd.DataFrame([row for part in (_exhibits, _rates, _treatments) for row in part(context)])
+    return pd.DataFrame([row for part in (_exhibits, _treatments) for row in part(context)])
 
 
 def _exhibited(config: Config) -> dict[str, ModelConfig]:
@@ -128,18 +130,24 @@ def _exhibits(context: Context) -> Iterator[Row]:
             network = context.network(model, seed)
             if chain == "backwards":
                 latch(network, math.sqrt(model.weight_var))
-            where = {"part": "chain", "chain": chain, **network_columns(model, seed)}
-            passed = passing(context, network)
-            yield from _locks(context, passed, where)
-            for layer, (state, signal) in enumerate(zip(passed.states[:-1], passed.signals[:-1], strict=True), start=1):
-                at = {**where, "layer": layer}
-                yield {"quantity": "dissimilarity", "value": dissimilarity(state), **at}
-                yield {"quantity": "participation", "value": participation_ratio(state), **at}
-                yield {"quantity": "state_rank", "value": float(rank(state)), **at}
-                yield {"quantity": "error_signal", "value": log_rms(signal), **at}
-            spread = severity(ErrorSignal.of(passed.signals[0], torch.zeros_like(passed.signals[0][:, 0])))
-            yield {"quantity": "signal_rank", "value": float(spread["rank"]), **where}
-            yield {"quantity": "severity", "value": spread["lambda_nonzero"], **where}
+            yield from _both_ways(context, network, {"part": "chain", "chain": chain, **network_columns(model, seed)})
+
+
+def _both_ways(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    """Both locks of a chain; how much its states differ and how far its error signals get, behind every stage but the readout."""
+    passed = passing(context, network)
+    yield from _locks(context, passed, where)
+    for layer, (state, signal) in enumerate(zip(passed.states[:-1], passed.signals[:-1], strict=True), start=1):
+        spread = severity(signal)
+        yield from measured(
+            {**where, "layer": layer},
+            dissimilarity=dissimilarity(state),
+            participation=participation_ratio(state),
+            state_rank=float(rank(state)),
+            error_signal=signal.log_rms(),
+            severity=spread["lambda_nonzero"],
+            signal_rank=float(spread["rank"]),
+        )
 
 
 @torch.no_grad()
@@ -147,24 +155,6 @@ def latch(network: nn.Sequential, gain: float) -> None:
     """Make every hidden layer but the first h ↦ tanh(gain·h): each unit runs to an attractor and keeps its sign (Bengio et al. 1994)."""
     for linear in [module for module in network.modules() if isinstance(module, nn.Linear)][1:-1]:
         linear.weight.copy_(gain * torch.eye(len(linear.weight)))
-
-
-def _rated(config: Config) -> list[ModelConfig]:
-    model = replace(config.model, family="mlp", skip="none", norm="none", init="gaussian", depth=config.grid.rate_depth)
-    return [replace(model, **settings) for settings in RATED]
-
-
-def _rates(context: Context) -> Iterator[Row]:
-    """How fast 1 − c_l and ‖g_l‖² shrink in the second half of random plain chains."""
-    for model in _rated(context.config):
-        deep = range(model.depth // 2, model.depth)
-        for seed in range(context.config.grid.seeds):
-            passed = passing(context, context.network(model, seed))
-            apart = [math.log(dissimilarity(passed.states[layer - 1])) for layer in deep]
-            kept = [2 * log_rms(passed.signals[layer - 1]) for layer in deep]
-            where = {"part": "rate", **network_columns(model, seed)}
-            yield {"quantity": "forward_rate", "value": slope(deep, apart).value, **where}
-            yield {"quantity": "backward_rate", "value": slope([-layer for layer in deep], kept).value, **where}
 
 
 def _treated(config: Config) -> list[tuple[str, str, ModelConfig]]:
@@ -178,17 +168,16 @@ def _treatments(context: Context) -> Iterator[Row]:
         for seed in range(context.config.grid.train_seeds):
             network, objective = _with_losses(context, model, remedy, seed)
             where = {"part": "remedy", "patient": patient, "remedy": remedy, **network_columns(model, seed)}
+            trained = {**where, "when": "trained"}
             yield from _locks(context, passing(context, network, objective), {**where, "when": "initial"})
             if patient == SCHEDULED:
                 yield from _schedule(context, network, objective, where)
             outcome = context.train(network, f"{patient}, {remedy}, seed {seed}", seed, objective)
-            for quantity in ("test_accuracy", "diverged"):
-                yield {"quantity": quantity, "value": outcome.metrics()[quantity], **where}
+            yield from measured(trained, **{quantity: outcome.metrics()[quantity] for quantity in ("test_accuracy", "diverged")})
             if outcome.status == "finished":
-                yield from _locks(context, passing(context, network, objective), {**where, "when": "trained"})
+                yield from _locks(context, passing(context, network, objective), trained)
                 if remedy == "exits":
-                    main = passing(context, network, end_to_end)
-                    yield {"quantity": "main_lock", "value": main.backward_lock(), "when": "trained", **where}
+                    yield from measured(trained, main_lock=passing(context, network).backward_lock())
 
 
 def _with_losses(context: Context, model: ModelConfig, remedy: str, seed: int) -> tuple[nn.Module, Objective]:
@@ -202,15 +191,14 @@ def _with_losses(context: Context, model: ModelConfig, remedy: str, seed: int) -
 
 def _locks(context: Context, passed: "Passed", where: Row) -> Iterator[Row]:
     at = {**where, "threshold": context.config.grid.locked_decades}
-    yield {"quantity": "forward_lock", "value": passed.forward_lock(), **at}
-    yield {"quantity": "backward_lock", "value": passed.backward_lock(), **at}
+    return measured(at, forward_lock=passed.forward_lock(), backward_lock=passed.backward_lock())
 
 
 def _schedule(context: Context, network: nn.Module, objective: Objective, where: Row) -> Iterator[Row]:
     """What the last weights have to do with ∇θ_1; for a network with exits also where stage 1 learns from its own exit alone."""
-    yield {"quantity": "schedule_lock", "value": schedule_lock(context, network, objective), **where}
+    yield from measured(where, schedule_lock=schedule_lock(context, network, objective))
     if where["remedy"] == "exits":
-        yield {"quantity": "schedule_lock", "value": schedule_lock(context, network, first_exit), **{**where, "remedy": "local"}}
+        yield from measured({**where, "remedy": "local"}, schedule_lock=schedule_lock(context, network, first_exit))
 
 
 def first_exit(model: MultiExit, images: Float[Tensor, "b ..."], labels: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
@@ -239,7 +227,7 @@ class Passed:
     """One pass forwards and backwards: H_l and g_l of every stage, l = 1…L, a row a sample, and what the readout reads."""
 
     states: Sequence[Tensor]
-    signals: Sequence[Tensor]
+    signals: Sequence[ErrorSignal]
     features: Tensor
 
     def forward_lock(self) -> float:
@@ -248,7 +236,8 @@ class Passed:
 
     def backward_lock(self) -> float:
         """log₁₀ ‖g_{L−1}‖/‖g_1‖, of root mean squares over the samples."""
-        return (log_rms(self.signals[-2]) - log_rms(self.signals[0])) / math.log(10)
+        last, first = (max(signal.log_rms(), FAINTEST) for signal in (self.signals[-2], self.signals[0]))
+        return (last - first) / math.log(10)
 
 
 def passing(context: Context, network: nn.Module, objective: Objective = end_to_end) -> Passed:
@@ -263,7 +252,8 @@ def passing(context: Context, network: nn.Module, objective: Objective = end_to_
     readout_of(chain).register_forward_pre_hook(lambda module, arguments: features.append(arguments[0].detach()))
     # the samples do not meet: a row of N∇ℒ is the gradient of that sample's own loss
     signals = torch.autograd.grad(len(targets) * objective(twin, inputs.double(), targets), states)
-    return Passed([state.detach() for state in states], signals, features[0])
+    unscaled = inputs.new_zeros(len(inputs), dtype=torch.float64)
+    return Passed([state.detach() for state in states], [ErrorSignal.of(signal, unscaled) for signal in signals], features[0])
 
 
 def chain_of(network: nn.Module) -> nn.Sequential:
@@ -278,54 +268,65 @@ def readout_of(chain: nn.Sequential) -> nn.Linear:
     return [module for module in chain.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def log_rms(signals: Float[Tensor, "n d"]) -> float:
-    """½ ln mean_n ‖g_n‖²."""
-    return float(signals.square().sum(1).mean().clamp(min=torch.finfo(signals.dtype).tiny).log() / 2)
-
-
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    gains = remedy_gains(rows)
-    ill, well = gain_cells(gains.query("ill")), gain_cells(gains.query("not ill"))
+    gains, margins, told = remedy_gains(rows), _margins(rows), _told_apart(rows)
+    ill, well = (cells_by(gains[gains["ill"] == locked], GAIN, t_interval) for locked in (True, False))
     cells = {
-        "distinct": _exhibit_cells(rows, ("forwards", "backwards")),
-        "both_present": _exhibit_cells(rows, ("both",)),
-        "neither": _exhibit_cells(rows, ("neither",)),
+        "distinct": margins.query("chain in ('forwards', 'backwards')"),
+        "both_present": margins.query("chain == 'both'"),
+        "neither": margins.query("chain == 'neither'"),
         "one_rate": _rate_ratio(rows),
+        **{f"{measure}_tells": told.query("measure == @measure") for measure in MEASURES},
         "skips_help_backward": ill.query("remedy == 'skip' and way == 'backward'"),
         "skips_help_forward": ill.query("remedy == 'skip' and way == 'forward'"),
         "normalisation_helps_both": ill.query("remedy == 'batch'"),
         "layer_normalisation_helps_both": ill.query("remedy == 'layer'"),
         "exits_help_backward": ill.query("remedy == 'exits' and way == 'backward'"),
         "exits_leave_forward": ill.query("remedy == 'exits' and way == 'forward'"),
-        "exits_leave_forward_untrained": ill.query("remedy == 'exits' and way == 'forward'"),
-        "exits_open_the_chain": gain_cells(_main_gain(rows)),
+        "exits_open_the_chain": cells_by(_main_gain(rows), GAIN, t_interval),
         "unneeded": well.query("remedy in ('skip', 'batch') and way == 'backward' and when == 'initial'"),
         "schedule": _schedule_cells(rows),
     }
     return judge_forms("forward_backward", criteria, cells)
 
 
-def _exhibit_cells(rows: pd.DataFrame, chains: Sequence[str]) -> pd.DataFrame:
-    """By how many decades each chain is on its side of both thresholds, the lesser margin of a net, over seeds."""
-    cells = []
-    for chain in chains:
-        nets = pick(rows, "forward_lock", part="chain", chain=chain).set_index("net_seed")
-        backward = pick(rows, "backward_lock", part="chain", chain=chain).set_index("net_seed")["value"]
-        ahead = (nets["value"] - nets["threshold"]) * (1 if chain in ("forwards", "both") else -1)
-        back = (backward - nets["threshold"]) * (1 if chain in ("backwards", "both") else -1)
-        cells.append(cell(t_interval(np.minimum(ahead, back)), chain=chain))
-    return pd.DataFrame(cells)
+def _margins(rows: pd.DataFrame) -> pd.DataFrame:
+    """By how many decades each of the four chains is on its side of both thresholds, the lesser margin of a net, over seeds."""
+    locks = rows[(rows["part"] == "chain") & rows["quantity"].isin(LOCKS)]
+    locked = [quantity.removesuffix("_lock") in LOCKED[chain] for quantity, chain in zip(locks["quantity"], locks["chain"], strict=True)]
+    beyond = locks["value"] - locks["threshold"]
+    margins = locks.assign(value=beyond.where(locked, -beyond)).groupby(["chain", "net_seed"], as_index=False)["value"].min()
+    return cells_by(margins, ["chain"], t_interval)
+
+
+def rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """How fast 1 − c_l and ‖g_l‖² shrink in the deeper half of chains of one kind, a line a net; nats a layer."""
+    profiles = rows[rows["layer"] >= rows["depth"] // 2].pivot(index=["net_seed", "layer"], columns="quantity", values="value")
+    nets = [net.reset_index() for _, net in profiles.groupby("net_seed")]
+    forward = [slope(net["layer"], np.log(net["dissimilarity"])).value for net in nets]
+    return pd.DataFrame({"forward": forward, "backward": [slope(-net["layer"], 2 * net["error_signal"]).value for net in nets]})
 
 
 def _rate_ratio(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rate of 1 − c_l over that of ‖g_l‖², paired by net, beside the variance q* at which the chain settles."""
-    keys = ["activation", "weight_var", "bias_var"]
+    """The one rate over the other in the random chains that are locked both ways."""
+    found = rates(rows[(rows["part"] == "chain") & (rows["chain"] == "both")])
+    return pd.DataFrame([cell(t_interval(found["forward"] / found["backward"]), chain="both")])
+
+
+def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many times smaller, as a logarithm, a measure is in a chain that is locked its way than in one that is not, paired by seed.
+
+    Forwards of the last hidden states, backwards of g_1; of the severity λ it is 1 − λ = σ_r/σ_1 that is compared.
+    """
     cells = []
-    for at, nets in rows[rows["part"] == "rate"].groupby(keys):
-        rates = nets.pivot(index="net_seed", columns="quantity", values="value")
-        settled = mean_field.fixed_point(*at)
-        cells.append(cell(t_interval(rates["forward_rate"] / rates["backward_rate"]), **dict(zip(keys, at, strict=True)), settled=settled))
+    for measure, way in MEASURES.items():
+        layer = 1 if way == "backward" else rows["layer"].max()
+        nets = pick(rows, measure, part="chain", layer=layer).pivot(index="net_seed", columns="chain", values="value")
+        logs = np.log(1 - nets if measure == "severity" else nets)
+        locked = [chain for chain in CHAINS if way in LOCKED[chain]]
+        for pair in [{"locked": one, "unlocked": other} for one in locked for other in CHAINS if other not in locked]:
+            cells.append(cell(t_interval(logs[pair["unlocked"]] - logs[pair["locked"]]), measure=measure, **pair))
     return pd.DataFrame(cells)
 
 
@@ -333,30 +334,18 @@ def remedy_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """By how many decades each remedy brings a chain nearer to no lock than the plain chain of the same seed is.
 
     Forwards the gain is in the lock, backwards in its size: a gradient that explodes has not been helped. A patient is ill where the
-    plain chain's lock, mean over seeds at the same moment, reaches the threshold.
+    plain chain's lock, mean over seeds at the same moment, reaches the threshold. Trainings that diverged are in no pair.
 
-    Returns: a row a pair: way, when, patient, remedy, net_seed, ill, gain.
+    Returns: a row a pair, with way, when, patient, remedy, net_seed, ill; the gain is the value.
     """
-    gains = []
-    locked = rows[(rows["part"] == "remedy") & rows["quantity"].isin([f"{way}_lock" for way in WAYS])]
-    for (quantity, when, patient), nets in locked.groupby(["quantity", "when", "patient"]):
-        way = str(quantity).removesuffix("_lock")
-        locks = nets.pivot(index="net_seed", columns="remedy", values="value")
-        if "plain" not in locks:  # every plain chain diverged
-            continue
-        ill = bool(locks["plain"].mean() >= nets["threshold"].max())
-        distance = locks if way == "forward" else locks.abs()
-        for remedy in locks.columns.drop("plain"):
-            pairs = (distance["plain"] - distance[remedy]).dropna()
-            at = {"way": way, "when": when, "patient": patient, "remedy": remedy, "ill": ill}
-            gains += [{**at, "net_seed": seed, "gain": gain} for seed, gain in pairs.items()]
-    return pd.DataFrame(gains, columns=[*GAIN, "ill", "net_seed", "gain"]).astype({"ill": bool})
-
-
-def gain_cells(gains: pd.DataFrame) -> pd.DataFrame:
-    """The gain of each remedy over seeds."""
-    cells = [cell(t_interval(pairs), **dict(zip(GAIN, at, strict=True))) for at, pairs in gains.groupby(GAIN)["gain"]]
-    return pd.DataFrame(cells, columns=[*GAIN, *INTERVAL])
+    locks = rows[(rows["part"] == "remedy") & rows["quantity"].isin(LOCKS)]
+    locks = locks.assign(way=locks["quantity"].str.removesuffix("_lock"))
+    locks["distance"] = locks["value"].where(locks["way"] == "forward", locks["value"].abs())
+    plain = locks[locks["remedy"] == "plain"]
+    plain = plain.assign(ill=plain.groupby(PATIENT)["value"].transform("mean") >= plain["threshold"])
+    on = [*PATIENT, "net_seed"]
+    pairs = locks[locks["remedy"] != "plain"].merge(plain[[*on, "distance", "ill"]], on=on, suffixes=("", "_plain"))
+    return pairs.assign(value=pairs["distance_plain"] - pairs["distance"])
 
 
 def _main_gain(rows: pd.DataFrame) -> pd.DataFrame:
@@ -368,8 +357,9 @@ def _main_gain(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _schedule_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """The least and the greatest change of ∇θ_1 over seeds."""
-    cells = []
-    for remedy, values in pick(rows, "schedule_lock").groupby("remedy")["value"]:
-        spread = Estimate(values.mean(), values.min(), values.max(), len(values), "least and greatest draw")
-        cells.append(cell(spread, remedy=remedy, local=remedy == "local"))
-    return pd.DataFrame(cells)
+    changes = pick(rows, "schedule_lock")
+
+    def spread(draws: pd.Series) -> Estimate:
+        return Estimate(draws.mean(), draws.min(), draws.max(), len(draws), "least and greatest draw")
+
+    return cells_by(changes.assign(local=changes["remedy"] == "local"), ["remedy", "local"], spread)

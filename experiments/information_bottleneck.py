@@ -1,8 +1,13 @@
 """Source "information bottleneck": what a narrow code does to the gradient that goes back through it.
 
-A code c = φ(V h + b) of r units is put into the middle of an MLP. Measured against r: the rank of the error signals g_{l−1} of a batch just
-before V and further below, and their energy in units of that behind the code, untrained and trained, with fan-in scaled Gaussian and with
-orthogonal weights; accuracy, with the code and with its filter on the gradient alone, the state passing whole.
+A code c = φ(V h + b) of r units is put into the middle of an MLP. Against r are measured, untrained and trained: the rank of the error
+signals of a batch just before V and further below, how much of their energy lies outside r directions, and how much energy arrives there,
+with fan-in scaled Gaussian and with orthogonal weights. Then accuracy, with the code, and with a wide code before which the gradient alone
+is filtered to r random directions, its energy kept and the state passing whole: the one compresses both ways, the other backwards only.
+Filtered to no direction at all, the layers below stay as they were drawn: that is the control.
+
+What rank a code leaves is a matter of its width; what energy, of the scale of its weights: through V and the weights U that read the code
+comes E‖VᵀUᵀg‖² = d r Var(V) Var(U) ‖g‖², all of it where the variances are 1/fan-in, (r/d)‖g‖² where both are orthogonal.
 
 Binned mutual information is no evidence here: in a deterministic net it measures how states contract into bins, not how gradients flow
 (Saxe et al. 2018; Goldfeld et al. 2019), and is not used.
@@ -10,10 +15,14 @@ Binned mutual information is no evidence here: in a deterministic net it measure
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import structural_rank
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -25,19 +34,17 @@ from src.locking import walk_back
 from src.models.bottleneck import GradientFilter, before, with_code
 from src.models.layers import Layers
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.spectrum import spectrum
-from src.statistics import greatest, paired_difference, t_interval
-from src.training.loop import planned_steps
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.statistics import greatest, jackknife, t_interval
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "signal_rank": "rank of the N×d matrix of error signals behind layer l, float64",
-    "outside": "share of the energy of the error signals behind layer l outside their r leading directions",
-    "energy_kept": "Σ_n‖g‖² just before the code over Σ_n‖g‖² behind the layer that reads it",
-    "live_units": "units of the code with φ' > 0 on some input",
+    "rank_tolerance": "what a singular value must exceed to count in it, the longest signal being of length 1",
+    "outside": "share of the energy of the error signals behind layer l outside their r leading directions; 0 where there is none",
+    "energy_kept": "Σ_n‖g‖² just before the code over Σ_n‖g‖² at the logits",
+    "live_units": "units of the code that can each be matched to an image of their own on which they are not 0 (structural rank)",
     "train_accuracy": "share of training images told right",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
@@ -50,7 +57,10 @@ NETS: dict[str, dict[str, Any]] = {
     "relu": {"activation": "relu", "weight_var": 2.0},
     "tanh": {"activation": "tanh", "weight_var": 1.0},
 }
-INITS = ("gaussian", "orthogonal")
+SETTING = ["when", "init", "activation", "code"]
+NOTICED = 0.05  # accuracy: a code that costs less leaves nothing to explain
+# of the energy that a code as wide as the net keeps, the share that a random one of r = share · d units keeps in the mean
+PREDICTED: dict[str, Callable[[float], float]] = {"gaussian": lambda share: 1.0, "orthogonal": lambda share: share}
 
 
 def check(config: Config, data: Data) -> None:
@@ -59,25 +69,35 @@ def check(config: Config, data: Data) -> None:
     Raises: UserError naming the key.
     """
     grid, width = config.grid, config.model.width
-    require(max(grid.code_widths) == width, f"grid.code_widths: at most {width}, the width, and {width} among them")
-    require(len(set(grid.code_widths)) >= 2, "grid.code_widths: at least two widths")
+    ascending = grid.code_widths == sorted(set(grid.code_widths))
+    require(
+        ascending and len(grid.code_widths) >= 2 and grid.code_widths[-1] == width,
+        f"grid.code_widths: at least two, ascending, the last of them {width}, the width",
+    )
     require(width <= grid.samples <= len(data.test), f"grid.samples: {width} (the width) to {len(data.test)} (the test images)")
     require(width >= data.classes, f"model.width: at least {data.classes}, the classes")
+    require(grid.seeds >= 2, "grid.seeds: at least 2, for an interval of the mean energies")
 
 
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps, codes = planned_steps(config.training, len(context.data.train)), len(grid.code_widths)
+
+    def measuring(network: nn.Sequential) -> list[Row]:
+        widest = with_code(network, READER, config.model.width, Layers(config.model, context.generator("plan")))
+        return list(_signals(context, widest, config.model.width, {}))
+
+    codes, filters = len(grid.code_widths), len(_filters(config))
     return [
-        *(Work(_model(config, kind, init), grid.seeds * codes) for kind in NETS for init in INITS),
-        *(Work(_model(config, kind), grid.train_seeds * 2 * codes, steps) for kind in NETS),
+        *(Work(_model(config, kind, init), grid.seeds * codes, measuring=measuring) for kind, init in product(NETS, PREDICTED)),
+        *(Work(_model(config, kind), grid.train_seeds * codes, context.steps(), measuring) for kind in NETS),
+        *(Work(_model(config, kind), grid.train_seeds * filters, context.steps()) for kind in NETS),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_untrained, _trained, _filtered)
+    parts = (_untrained, _trained)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -85,173 +105,130 @@ def _model(config: Config, kind: str, init: Any = "gaussian") -> ModelConfig:
     return replace(config.model, **NETS[kind], init=init, depth=DEPTH)
 
 
+def _filters(config: Config) -> list[int]:
+    """How many directions filters let pass: none, and as many as the narrow codes have units."""
+    return [0, *config.grid.code_widths[:-1]]
+
+
 def coded(context: Context, model: ModelConfig, width: int, seed: int) -> nn.Sequential:
     """A random network with a code of the given width."""
     return with_code(context.network(model, seed), READER, width, Layers(model, context.generator("code", width, seed)))
 
 
+def filtered(context: Context, model: ModelConfig, rank: int, seed: int) -> nn.Sequential:
+    """A random network with a code as wide as it is, and before that a filter on the gradient alone."""
+    gradient_filter = GradientFilter(model.width, rank, context.generator("filter", rank, seed)).to(context.device)
+    return before(coded(context, model, model.width, seed), "code", "filter", gradient_filter)
+
+
 def _untrained(context: Context) -> Iterator[Row]:
-    """Rank and energy of the error signals before codes of every width, at initialisation."""
+    """The error signals before codes of every width, at initialisation."""
     grid = context.config.grid
-    for kind, init in context.progress([(kind, init) for kind in NETS for init in INITS], "untrained codes"):
+    for kind, init, width in context.progress([*product(NETS, PREDICTED, grid.code_widths)], "untrained codes"):
         model = _model(context.config, kind, init)
-        for width in grid.code_widths:
-            for seed in range(grid.seeds):
-                where = {"part": "signal", "when": "untrained", **_columns(context, model, width, seed)}
-                yield from _signals(context, coded(context, model, width, seed), where)
+        for seed in range(grid.seeds):
+            where = {"part": "code", "when": "untrained", **_columns(context, model, width, seed)}
+            yield from _signals(context, coded(context, model, width, seed), width, where)
+
+
+def _trained(context: Context) -> Iterator[Row]:
+    """Networks with codes, or with filters, of every width trained alike; and the error signals before the codes after it."""
+    grid = context.config.grid
+    narrowed = [*(("code", coded, width) for width in grid.code_widths), *(("filter", filtered, rank) for rank in _filters(context.config))]
+    for kind, (part, make, width) in context.progress([*product(NETS, narrowed)], "trainings"):
+        model = _model(context.config, kind)
+        for seed in range(grid.train_seeds):
+            where = {"part": part, "when": "trained", **_columns(context, model, width, seed)}
+            network = make(context, model, width, seed)
+            outcome = context.train(network, f"{kind}, {part} of {width}, seed {seed}", seed)
+            yield from measured(where, **outcome.metrics())
+            if part == "code" and outcome.status == "finished":
+                yield from _signals(context, network, width, where)
 
 
 def _columns(context: Context, model: ModelConfig, width: int, seed: int) -> Row:
     return {"code": width, "classes": context.data.classes, **network_columns(model, seed)}
 
 
-def _signals(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
-    """Rank of the error signals behind every layer below the code, their energy outside r directions, and the energy that the code kept."""
+def _signals(context: Context, network: nn.Sequential, width: int, where: Row) -> Iterator[Row]:
+    """Rank and energy outside r directions of the error signals behind every layer below the code; the energy that arrives before it."""
     inputs, targets = context.samples(context.data.test, context.config.grid.samples)
     energy: dict[str, float] = {}
     for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
         energy[link.name] = float((2 * link.signal.log_norm).exp().sum())
         if link.name == "code":
-            live = live_units(link.stage, link.inputs)
-            yield {"quantity": "live_units", "value": float(live), **where}
+            yield from measured(where, live_units=float(structural_rank(csr_array(link.stage(link.inputs).cpu().numpy()))))
         if link.index <= BELOW:
             s = spectrum(link.signal.relative())
-            at = {"layer": link.index, "tolerance": float(s.tolerance), **where}
-            squares = s.values.square()
-            yield {"quantity": "signal_rank", "value": float(s.rank), **at}
-            if squares.sum() > 0:
-                yield {"quantity": "outside", "value": float(squares[where["code"] :].sum() / squares.sum()), **at}
-    yield {"quantity": "energy_kept", "value": energy[f"layer{BELOW}"] / energy[READER], **where}
-
-
-def live_units(code: nn.Module, inputs: torch.Tensor) -> int:
-    """Units whose slope φ' is not 0 on every input."""
-    states = inputs.detach().requires_grad_()
-    outputs = code(states)
-    slopes = [torch.autograd.grad(unit.sum(), states, retain_graph=True)[0].abs().sum() for unit in outputs.unbind(1)]
-    return int((torch.stack(slopes) > 0).sum())
-
-
-def _trained(context: Context) -> Iterator[Row]:
-    """Networks with codes of every width trained alike, and the error signals after it."""
-    grid = context.config.grid
-    cases = [(kind, width) for kind in NETS for width in grid.code_widths]
-    for kind, width in context.progress(cases, "trained codes"):
-        model = _model(context.config, kind)
-        for seed in range(grid.train_seeds):
-            network = coded(context, model, width, seed)
-            where = {"when": "trained", **_columns(context, model, width, seed)}
-            outcome = context.train(network, f"{kind}, code of {width}, seed {seed}", seed)
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, "part": "code", **where}
-            if outcome.status == "finished":
-                yield from _signals(context, network, {"part": "signal", **where})
-
-
-def _filtered(context: Context) -> Iterator[Row]:
-    """Networks with a code as wide as they are, whose gradient alone is filtered to r directions, trained alike."""
-    grid = context.config.grid
-    cases = [(kind, rank) for kind in NETS for rank in grid.code_widths]
-    for kind, rank in context.progress(cases, "filtered gradients"):
-        model = _model(context.config, kind)
-        for seed in range(grid.train_seeds):
-            gradient_filter = GradientFilter(model.width, rank, context.generator("filter", rank, seed)).to(context.device)
-            network = before(coded(context, model, model.width, seed), "code", "filter", gradient_filter)
-            outcome = context.train(network, f"{kind}, gradient filtered to {rank}, seed {seed}", seed)
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, "part": "filter", "when": "trained", **_columns(context, model, rank, seed)}
+            outside = (s.values[width:].square().sum() / s.values.square().sum()).nan_to_num()
+            at = {"layer": link.index, **where}
+            yield from measured(at, signal_rank=float(s.rank), rank_tolerance=float(s.tolerance), outside=float(outside))
+    yield from measured(where, energy_kept=energy[f"layer{BELOW}"] / energy["readout"])
 
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    every_layer = _rank_excess(rows)
+    narrow = rows[rows["code"] < rows["width"]]
+    ranks = pick(narrow, "signal_rank")
+    excess = cells_by(ranks.assign(value=ranks["value"] - ranks["code"]), [*SETTING, "layer"], greatest)
+    lost, cap = _lost(rows), int(rows["classes"].max()) - 1
     cells = {
-        "filtered_rank": every_layer,
-        "rank_before_code": every_layer[every_layer["layer"] == BELOW],
-        "rank_below": every_layer,
+        "filtered_rank": excess,
+        "filtered_directions": cells_by(pick(narrow, "outside"), [*SETTING, "layer"], t_interval),
+        "filtered_energy": _exponents(rows),
+        "filter_explains": _explained(lost, cap),
+        "rank_before_code": excess[excess["layer"] == BELOW],
+        "rank_below": excess[excess["layer"] < BELOW],
         "rank_reached": _rank_reached(rows),
-        "filtered_energy": _energy_lost(rows),
-        "energy_orthogonal": _energy_against(rows, "orthogonal", lambda share: share),
-        "energy_gaussian": _energy_against(rows, "gaussian", lambda share: 1.0),
-        "wide_code": _accuracy_lost(rows, "code"),
-        "filter_alone": _accuracy_lost(rows, "filter"),
-        "filter_explains": _filter_share(rows),
+        "energy_orthogonal": _against_prediction(rows, "orthogonal"),
+        "energy_gaussian": _against_prediction(rows, "gaussian"),
+        "wide_code": _over_seeds(lost["code"]).assign(cap=cap),
+        "filter_alone": _over_seeds(lost["filter"]).assign(cap=cap),
     }
     return judge_forms("information_bottleneck", criteria, cells)
 
 
-def _rank_excess(rows: pd.DataFrame) -> pd.DataFrame:
-    """The largest rank of the error signals minus r, at every layer below a code narrower than the net."""
-    ranks = pick(rows, "signal_rank").query("code < width")
-    keys = ["when", "init", "activation", "code", "layer"]
-    excess = (ranks["value"] - ranks["code"]).groupby([ranks[key] for key in keys])
-    return pd.DataFrame([cell(greatest(values), **dict(zip(keys, at, strict=True))) for at, values in excess])
-
-
 def _rank_reached(rows: pd.DataFrame) -> pd.DataFrame:
     """How far the rank before an untrained code is from its live units, at most C − 1 in a linear net."""
-    keys = ["init", "activation", "code"]
-    ranks = pick(rows, "signal_rank", when="untrained", layer=BELOW).set_index([*keys, "net_seed"])
-    live = pick(rows, "live_units", when="untrained").set_index([*keys, "net_seed"])["value"]
-    linear = ranks.index.get_level_values("activation") == "linear"
-    reachable = live.loc[ranks.index].clip(upper=(ranks["classes"] - 1).where(linear, ranks["width"]))
-    gaps = (ranks["value"] - reachable).abs().groupby(keys)
-    return pd.DataFrame([cell(greatest(values), **dict(zip(keys, at, strict=True))) for at, values in gaps])
+    ranks = pick(rows, "signal_rank", when="untrained", layer=BELOW)
+    nets = ranks.merge(pick(rows, "live_units"), on=[*SETTING, "net_seed"], suffixes=("", "_live"))
+    reachable = nets["value_live"].where(nets["activation"] != "linear", np.minimum(nets["value_live"], nets["classes"] - 1))
+    return cells_by(nets.assign(value=(nets["value"] - reachable).abs()), SETTING, greatest)
 
 
-def _energy(rows: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
-    """The energy kept of each kind of net: a row a seed, a column a code width."""
-    keys = ["when", "init", "activation"]
-    for at, kept in pick(rows, "energy_kept").groupby(keys):
-        yield dict(zip(keys, at, strict=True)), kept.pivot(index="net_seed", columns="code", values="value").dropna()
+def _exponents(rows: pd.DataFrame) -> pd.DataFrame:
+    """The exponent a of energy kept ∝ (r/d)^a, against a code as wide as the net, paired by seed; of codes that are dead in no draw."""
+    kept = pick(rows, "energy_kept").pivot(index=["when", "init", "activation", "width", "net_seed"], columns="code", values="value")
+    shares = kept.iloc[:, :-1].div(kept.iloc[:, -1], axis=0).melt(ignore_index=False).dropna().reset_index()
+    alive = shares[shares.groupby(SETTING)["value"].transform("min") > 0]
+    return cells_by(alive.assign(value=np.log(alive["value"]) / np.log(alive["code"] / alive["width"])), SETTING, t_interval)
 
 
-def _energy_lost(rows: pd.DataFrame) -> pd.DataFrame:
-    """The energy kept by a code minus that kept by one as wide as the net, relative to the latter's mean; paired by seed."""
+def _against_prediction(rows: pd.DataFrame, init: str) -> pd.DataFrame:
+    """The mean energy kept by an untrained code over that kept by one as wide as the net, over its prediction; jackknife over seeds."""
+    kept = pick(rows, "energy_kept", when="untrained", init=init).pivot(index=["activation", "net_seed"], columns="code", values="value")
+    *codes, width = kept.columns
     cells = []
-    for at, kept in _energy(rows):
-        widest = kept[kept.columns.max()]
-        for code in kept.columns[:-1]:
-            cells.append(cell(paired_difference(kept[code] / widest.mean(), widest / widest.mean()), **at, code=code))
+    for (activation, nets), code in product(kept.groupby("activation"), codes):
+        pairs = nets[[code, width]] / [PREDICTED[init](code / width), 1]
+        ratio = jackknife(lambda energies: energies[:, 0].mean() / energies[:, 1].mean(), pairs)
+        cells.append(cell(ratio, activation=activation, code=code))
     return pd.DataFrame(cells)
 
 
-def _energy_against(rows: pd.DataFrame, init: str, predicted: Callable[[float], float]) -> pd.DataFrame:
-    """The energy kept by an untrained code over that kept by one as wide as the net, over its prediction from r/d."""
-    cells = []
-    for at, kept in _energy(rows):
-        if (at["when"], at["init"]) == ("untrained", init):
-            widest = kept.columns.max()
-            for code in kept.columns[:-1]:
-                ratio = kept[code] / kept[widest].mean() / predicted(code / widest)
-                cells.append(cell(t_interval(ratio), **at, code=code))
-    return pd.DataFrame(cells)
+def _lost(rows: pd.DataFrame) -> pd.DataFrame:
+    """The test accuracy lost against a code as wide as the net: a row an activation and seed, a column a code or filter and its width."""
+    accuracy = pick(rows, "test_accuracy").pivot(index=["activation", "net_seed"], columns=["part", "code"], values="value")
+    wide = accuracy["code"].iloc[:, -1]
+    return -accuracy.drop(columns=("code", wide.name)).sub(wide, axis=0)
 
 
-def _accuracy(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Test accuracies of each activation: a row a seed, a column a width."""
-    for activation, nets in pick(rows, "test_accuracy", part=part).groupby("activation"):
-        yield str(activation), nets.pivot(index="net_seed", columns="code", values="value")
+def _over_seeds(lost: pd.DataFrame) -> pd.DataFrame:
+    return cells_by(lost.melt(ignore_index=False).dropna().reset_index(), ["activation", "code"], t_interval)
 
 
-def _accuracy_lost(rows: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The accuracy of the widest code, or filter, minus that of a narrower one, paired by seed."""
-    classes = int(rows["classes"].max())
-    cells = []
-    for activation, accuracy in _accuracy(rows, part):
-        widest = accuracy.columns.max()
-        for code in accuracy.columns[:-1]:
-            cells.append(cell(paired_difference(accuracy[widest], accuracy[code]), activation=activation, code=code, cap=classes - 1))
-    return pd.DataFrame(cells)
-
-
-def _filter_share(rows: pd.DataFrame) -> pd.DataFrame:
-    """The accuracy that filtering the gradient alone costs minus half of what the code costs, paired by seed, for codes below C − 1."""
-    filtered, classes = dict(_accuracy(rows, "filter")), int(rows["classes"].max())
-    cells = []
-    for activation, accuracy in _accuracy(rows, "code"):
-        widest = accuracy.columns.max()
-        for code in accuracy.columns[accuracy.columns < classes - 1]:
-            lost, by_filter = (table[widest] - table[code] for table in (accuracy, filtered[activation]))
-            cells.append(cell(paired_difference(by_filter, lost / 2), activation=activation, code=code))
-    return pd.DataFrame(cells)
+def _explained(lost: pd.DataFrame, cap: int) -> pd.DataFrame:
+    """The accuracy that a filter of the gradient costs minus half of what the code costs, paired by seed; of codes < C−1 that do cost."""
+    by_code = lost["code"].loc[:, lambda codes: codes.columns < cap]
+    costly = by_code.groupby("activation").transform("mean") >= NOTICED
+    return _over_seeds((lost["filter"][by_code.columns] - by_code / 2).where(costly))

@@ -2,34 +2,34 @@
 
 Plain, original and pre-activation residual MLPs (He et al. 2016, CVPR and ECCV) of equal depth and parameters: the residual gradient
 equation, σ_min(I+J) against 1−‖J‖, gradients end to end, the growth of Var(x_l) with and without normalisation (De & Smith 2020),
-and the accuracy gap against depth, at initialisation and after training.
+and the accuracy gap against depth, at initialisation and after training; on CIFAR-10 the published errors of plain and residual nets.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
-from src.certificate import certify
 from src.chain import cut
-from src.config import Config, Criterion, ModelConfig, Norm, Skip, require
+from src.config import Config, Criterion, ModelConfig, Norm, Skip, TrainingConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
 from src.locking import walk_back
-from src.models import Residual
+from src.models import Residual, calibrate
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.spectrum import spectrum
-from src.statistics import Estimate, exactly, greatest, least, paired_difference, slope, t_interval
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
+from src.training.loop import Objective, end_to_end
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "skip_depth": "the fewest weight layers between the loss and the first stage",
@@ -49,6 +49,10 @@ QUANTITIES = {
 }
 SKIPS: tuple[Skip, ...] = ("none", "original", "preactivation")
 NORMS: tuple[Norm, ...] = ("none", "batch")
+# CIFAR-10 test error of ResNets by their depth, in percent (He et al. 2016, CVPR, Table 6)
+TABLE_6 = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
+PUBLISHED: tuple[Skip, ...] = ("original", "none")
+SHIFT = 4  # pixels
 
 
 def check(config: Config, data: Data) -> None:
@@ -59,6 +63,7 @@ def check(config: Config, data: Data) -> None:
     grid = config.grid
     for axis, depths in (("depths", grid.depths), ("train_depths", grid.train_depths), ("block_depth", [grid.block_depth])):
         require(all(depth >= 4 and depth % 2 == 0 for depth in depths), f"grid.{axis}: 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
+    require(set(grid.published_depths) <= set(TABLE_6), f"grid.published_depths: among {', '.join(map(str, TABLE_6))}, those published")
     require(max(grid.depths) >= 8, "grid.depths: one of at least 8 weight layers, for a slope over blocks")
     require(min(grid.weight_vars) > 0, "grid.weight_vars: σw² above 0")
     require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
@@ -69,19 +74,22 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = context.steps()
+    certified = [_dense(config, skip=skip, depth=grid.block_depth) for skip in SKIPS]
+    blocks, passed, squares = (partial(measuring, context) for measuring in (_block_measures, _calibrated_flow, _mean_squares))
     return [
-        *(Work(_dense(config, skip=skip, depth=grid.block_depth), 1, measuring=context.certify) for skip in SKIPS),
-        *(Work(model, grid.certified_seeds, measuring=context.certify) for model in _blocked(config)),
-        Work(_dense(config, depth=4), 1, measuring=context.certify),
-        *(Work(model, grid.seeds) for model in [*_flowing(config), *_growing(config)]),
-        *(Work(model, grid.train_seeds, steps) for model in _trained(config)),
+        *(Work(model, 1, measuring=context.certify) for model in certified),
+        *(Work(model, grid.certified_seeds, measuring=blocks) for model in _blocked(config)),
+        Work(_dense(config, depth=4), 1, measuring=blocks),
+        *(Work(model, grid.seeds, measuring=passed) for model in _flowing(config)),
+        *(Work(model, grid.seeds, measuring=squares) for model in _growing(config)),
+        *(Work(model, grid.train_seeds, context.steps(), passed) for model in _trained(config)),
+        *(Work(model, grid.train_seeds, context.steps(as_published(config))) for model in _published(context)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings)
+    parts = (_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings, _published_trainings)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -95,6 +103,20 @@ def _blocked(config: Config) -> list[ModelConfig]:
     return [_dense(config, skip=skip, branch_scale=scale, depth=config.grid.block_depth) for skip, scale in settings]
 
 
+def _certificates(context: Context) -> Iterator[Row]:
+    """K_back of the three chains at equal depth and parameters."""
+    for skip in context.progress(SKIPS, "certificates"):
+        model = _dense(context.config, skip=skip, depth=context.config.grid.block_depth)
+        certificate = context.certify(context.calibrated(model, 0))
+        context.tracker.certificate(f"{skip}, depth {model.depth}", certificate)
+        yield from measured(
+            {"part": "certificate", **network_columns(model, 0)},
+            skip_depth=float(certificate.skip_depth),
+            log_attenuation=float(certificate.log_attenuation.mean()),
+            least_rank=float(certificate.rank.min()),
+        )
+
+
 def _blocks(context: Context) -> Iterator[Row]:
     """Block by block at initialisation: the residual gradient equation, σ_min(I+J), ‖J‖, and the gradient that is kept."""
     for model in context.progress(_blocked(context.config), "blocks"):
@@ -104,36 +126,31 @@ def _blocks(context: Context) -> Iterator[Row]:
 
 
 def _block_rows(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    for layer, values in _block_measures(context, network).items():
+        yield from measured({**where, "layer": layer}, **values)
+
+
+def _block_measures(context: Context, network: nn.Sequential) -> dict[int, dict[str, float]]:
+    """What each residual block does to the gradient, by its layer; σ_min(I+J) where the block is I + branch."""
     inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    found = {}
     for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
         if not isinstance(link.stage, Residual):
             continue
-        at = {**where, "layer": link.index}
         branch, block = layer_jacobian(link.stage.branch, link.inputs), layer_jacobian(link.stage, link.inputs)
         norm, sigma_min = spectrum(branch).norm, spectrum(block).smallest
         stated = link.signal.direction + (link.signal.direction.unsqueeze(1) @ branch).squeeze(1)
         kept = (link.signal_before.log_norm - link.signal.log_norm).exp()
         error = (stated - link.signal_before.direction * kept.unsqueeze(1)).norm(dim=1)
-        yield {"quantity": "equation_error", "value": float(error.max()), **at}
-        yield {"quantity": "branch_norm", "value": float(norm.max()), **at}
-        yield {"quantity": "sigma_min", "value": float(sigma_min.min()), **at}
-        yield {"quantity": "gradient_kept", "value": float(kept.min()), **at}
-        if where["skip"] == "preactivation":
-            yield {"quantity": "weyl_slack", "value": float((sigma_min - (1 - norm)).min()), **at}
-
-
-def _certificates(context: Context) -> Iterator[Row]:
-    """K_back of the three chains at equal depth and parameters."""
-    grid = context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
-    for skip in context.progress(SKIPS, "certificates"):
-        model = _dense(context.config, skip=skip, depth=grid.block_depth)
-        certificate = certify(context.calibrated(model, 0), inputs, targets)
-        context.tracker.certificate(f"{skip}, depth {model.depth}", certificate)
-        where = {"part": "certificate", **network_columns(model, 0)}
-        yield {"quantity": "skip_depth", "value": float(certificate.skip_depth), **where}
-        yield {"quantity": "log_attenuation", "value": float(certificate.log_attenuation.mean()), **where}
-        yield {"quantity": "least_rank", "value": float(certificate.rank.min()), **where}
+        found[link.index] = {
+            "equation_error": float(error.max()),
+            "branch_norm": float(norm.max()),
+            "sigma_min": float(sigma_min.min()),
+            "gradient_kept": float(kept.min()),
+        }
+        if isinstance(link.stage.after, nn.Identity):
+            found[link.index]["weyl_slack"] = float((sigma_min - (1 - norm)).min())
+    return found
 
 
 def _cancelled_identity(context: Context) -> Iterator[Row]:
@@ -169,7 +186,7 @@ def _flows(context: Context) -> Iterator[Row]:
     for model in context.progress(_flowing(context.config), "gradients end to end"):
         for seed in range(context.config.grid.seeds):
             where = {"part": "flow", "when": "initial", **network_columns(model, seed)}
-            yield {"quantity": "flow", "value": flow(context, context.calibrated(model, seed)), **where}
+            yield from measured(where, flow=flow(context, context.calibrated(model, seed)))
 
 
 def flow(context: Context, network: nn.Sequential) -> float:
@@ -178,22 +195,32 @@ def flow(context: Context, network: nn.Sequential) -> float:
     return signals[1] - signals[len(signals) - 1]
 
 
+def _calibrated_flow(context: Context, network: nn.Sequential) -> float:
+    calibrate(network, context.samples(context.data.train, context.config.grid.calibration)[0])
+    return flow(context, network)
+
+
 def _growing(config: Config) -> list[ModelConfig]:
-    return [_dense(config, skip="preactivation", norm=norm, weight_var=2.0, depth=max(config.grid.depths)) for norm in NORMS]
+    depth, width = max(config.grid.depths), config.grid.product_width
+    return [_dense(config, skip="preactivation", norm=norm, weight_var=2.0, depth=depth, width=width) for norm in NORMS]
 
 
 def _moments(context: Context) -> Iterator[Row]:
     """How x_l² grows along pre-activation chains with σw² = 2, with and without normalisation."""
-    grid = context.config.grid
-    batch, _ = context.samples(context.data.train, grid.calibration)
-    for model in _growing(context.config):
-        for seed in range(grid.seeds):
-            chain = cut(context.calibrated(model, seed), None, torch.float64, "eval")
-            squares = [float(state.square().mean()) for state in chain.states(batch.double())[1:-1]]
-            for block, square in enumerate(squares[1:], start=1):
+    for model in context.progress(_growing(context.config), "growth"):
+        for seed in range(context.config.grid.seeds):
+            before, *squares = _mean_squares(context, context.network(model, seed))
+            for block, square in enumerate(squares, start=1):
                 where = {"part": "moment", "layer": block, **network_columns(model, seed)}
-                yield {"quantity": "second_moment", "value": square / squares[0], **where}
-                yield {"quantity": "added_variance", "value": square - squares[0], **where}
+                yield from measured(where, second_moment=square / before, added_variance=square - before)
+
+
+def _mean_squares(context: Context, network: nn.Sequential) -> list[float]:
+    """Mean x_l² over units and the images that normalisation is calibrated on, before the first block and behind every block."""
+    images, _ = context.samples(context.data.train, context.config.grid.calibration)
+    calibrate(network, images)
+    chain = cut(network, None, torch.float64, "eval")
+    return [float(state.square().mean()) for state in chain.states(images.double())[1:-1]]
 
 
 def _trained(config: Config) -> list[ModelConfig]:
@@ -207,55 +234,85 @@ def _trainings(context: Context) -> Iterator[Row]:
         for seed in range(grid.train_seeds):
             network = context.calibrated(model, seed)
             where = {"part": "training", **network_columns(model, seed)}
-            yield {"quantity": "flow", "value": flow(context, network), "when": "initial", **where}
+            yield from measured({**where, "when": "initial"}, flow=flow(context, network))
             outcome = context.train(network, f"{model.skip}, depth {model.depth}, seed {seed}", seed)
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, **where}
+            yield from measured(where, **outcome.metrics())
             if outcome.status == "finished":
-                yield {"quantity": "flow", "value": flow(context, network), "when": "trained", **where}
-                if model.family == "residual_mlp" and model.depth == min(grid.train_depths):
+                yield from measured({**where, "when": "trained"}, flow=flow(context, network))
+                if model.depth == min(grid.train_depths):
                     yield from _block_rows(context, network, {**where, "part": "trained block"})
+
+
+def _published(context: Context) -> list[ModelConfig]:
+    """The CIFAR nets of He et al. (2016, section 4.2), residual and plain; on their images alone."""
+    depths = context.config.grid.published_depths if context.data.name == "cifar10" else []
+    return [replace(context.config.model, family="cifar", width=16, skip=skip, depth=depth) for depth in depths for skip in PUBLISHED]
+
+
+def as_published(config: Config) -> TrainingConfig:
+    """Their training, though with a cosine in place of two steps of a tenth, and without warm-up."""
+    settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 128}
+    return replace(config.training, **settings, schedule="cosine", epochs=config.grid.published_epochs, max_steps=None)
+
+
+def _published_trainings(context: Context) -> Iterator[Row]:
+    """Long trainings to be held to published errors; none unless `grid.published_depths` asks for them."""
+    for model in context.progress(_published(context), "published trainings"):
+        for seed in range(context.config.grid.train_seeds):
+            name = f"CIFAR net, {model.skip}, depth {model.depth}, seed {seed}"
+            objective = on_augmented(context.generator("augmentation", seed))
+            outcome = context.train(context.network(model, seed), name, seed, objective, config=as_published(context.config))
+            yield from measured({"part": "published", **network_columns(model, seed)}, **outcome.metrics())
+
+
+def on_augmented(generator: torch.Generator) -> Objective:
+    """The mean cross-entropy on augmented images, drawn from a generator on the CPU."""
+    return lambda model, images, labels: end_to_end(model, augmented(images, generator), labels)
+
+
+def augmented(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """Each image shifted by up to 4 pixels either way, zeros coming in, and every other one mirrored (He et al. 2016, section 4.2)."""
+    n, _, height, width = images.shape
+    down, right = torch.randint(2 * SHIFT + 1, (2, n), generator=generator).to(images.device)
+    mirror = torch.randint(2, (n, 1, 1, 1), generator=generator).to(images.device)
+    windows = pad(images, [SHIFT] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    shifted = windows[torch.arange(n, device=images.device), :, down, right]
+    return torch.where(mirror == 1, shifted.flip(3), shifted)
 
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
+    errors = _published_errors(rows)
     cells = {
-        "bypass": _bypass(rows),
+        "bypass": cells_by(pick(rows, "skip_depth", part="certificate"), ["skip", "depth"], greatest),
         "gradient_equation": _by_branch(rows, "equation_error", greatest),
         "identity_ensures_flow": _by_branch(rows, "gradient_kept", least),
         "weyl_bound": _by_branch(rows, "weyl_slack", least),
         "guaranteed_flow": _by_branch(rows, "sigma_min", least).query("skip == 'preactivation'"),
-        "maintains_flow": _flow_cells(rows),
+        "maintains_flow": _sizes(pick(rows, "flow", part="flow").query("skip != 'none'"), ["skip", "norm", "weight_var", "depth"]),
         "flow_against_plain": _flow_gap(rows),
         "added_variance": _added_variance(rows),
         "doubling": _doubling(rows),
         "preactivation_gap": _accuracy_gap(rows, "preactivation"),
         "original_gap": _accuracy_gap(rows, "original"),
-        "flow_after_training": _trained_flow(rows),
+        "flow_after_training": _sizes(pick(rows, "flow", part="training", when="trained", skip="preactivation"), ["depth"]),
+        "published_resnets": _against_table_6(errors),
+        "published_degradation": _degradation(errors),
+        "published_plain_110": _published_failure(errors),
     }
     return judge_forms("residual_unlock", criteria, cells)
-
-
-def _bypass(rows: pd.DataFrame) -> pd.DataFrame:
-    """The skip depth of each kind of chain."""
-    return pd.DataFrame(
-        [cell(exactly(net.value), skip=net.skip, depth=net.depth) for net in pick(rows, "skip_depth", part="certificate").itertuples()]
-    )
 
 
 def _by_branch(rows: pd.DataFrame, quantity: str, bound: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
     """The extreme of a quantity over all blocks, samples and seeds of a kind of block, beside the largest ‖J‖ among them."""
     keys = ["part", "skip", "branch_scale"]
     norms = pick(rows, "branch_norm").groupby(keys)["value"].max()
-    extremes = pick(rows, quantity).groupby(keys)["value"]
-    return pd.DataFrame([cell(bound(values), **dict(zip(keys, at, strict=True)), branch_norm=norms[at]) for at, values in extremes])
+    return cells_by(pick(rows, quantity), keys, bound).join(norms.rename("branch_norm"), on=keys)
 
 
-def _flow_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """|flow| of residual chains at initialisation, over seeds."""
-    keys = ["skip", "norm", "weight_var", "depth"]
-    flows = pick(rows, "flow", part="flow").query("skip != 'none'").groupby(keys)["value"]
-    return pd.DataFrame([cell(t_interval(values.abs()), **dict(zip(keys, at, strict=True))) for at, values in flows])
+def _sizes(flows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """|flow| over seeds."""
+    return cells_by(flows.assign(value=flows["value"].abs()), keys, t_interval)
 
 
 def _flow_gap(rows: pd.DataFrame) -> pd.DataFrame:
@@ -271,8 +328,8 @@ def _flow_gap(rows: pd.DataFrame) -> pd.DataFrame:
 def _added_variance(rows: pd.DataFrame) -> pd.DataFrame:
     """(mean x_l² − mean x_0²)/l of normalised chains, over seeds, at every doubling of l."""
     growth = pick(rows, "added_variance", norm="batch")
-    doublings = growth[np.log2(growth["layer"]) % 1 == 0].groupby("layer")
-    return pd.DataFrame([cell(t_interval(values["value"] / layer), block=int(layer)) for layer, values in doublings])
+    doublings = growth[np.log2(growth["layer"]) % 1 == 0]
+    return cells_by(doublings.assign(block=doublings["layer"], value=doublings["value"] / doublings["layer"]), ["block"], t_interval)
 
 
 def _doubling(rows: pd.DataFrame) -> pd.DataFrame:
@@ -291,7 +348,32 @@ def _accuracy_gap(rows: pd.DataFrame, skip: Skip) -> pd.DataFrame:
     return pd.DataFrame(cells)
 
 
-def _trained_flow(rows: pd.DataFrame) -> pd.DataFrame:
-    """|flow| of trained pre-activation chains, over seeds."""
-    flows = pick(rows, "flow", part="training", when="trained", skip="preactivation").groupby("depth")["value"]
-    return pd.DataFrame([cell(t_interval(values.abs()), depth=int(depth)) for depth, values in flows])
+def _published_errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test errors of the nets trained as published, in percent, beside those of Table 6."""
+    accuracies = pick(rows, "test_accuracy", part="published")
+    return accuracies.assign(value=100 * (1 - accuracies["value"]), published=accuracies["depth"].map(TABLE_6))
+
+
+def _against_table_6(errors: pd.DataFrame) -> pd.DataFrame:
+    """The test errors of ResNets in units of the published ones, over seeds; both in percent beside them."""
+    ratios = errors[errors["skip"] == "original"].assign(value=lambda nets: nets["value"] / nets["published"])
+    return cells_by(ratios, ["depth", "published"], t_interval).assign(measured=lambda cells: cells["estimate"] * cells["published"])
+
+
+def _degradation(errors: pd.DataFrame) -> pd.DataFrame:
+    """By how much the test error of a net exceeds that of the shallowest of its kind, percentage points, paired by seed."""
+    cells = []
+    for skip, nets in errors.groupby("skip"):
+        by_depth = nets.pivot(index="net_seed", columns="depth", values="value")
+        shallowest, *deeper = by_depth.columns
+        for depth in deeper:
+            published = "worse" if skip == "none" else f"{TABLE_6[depth] - TABLE_6[shallowest]:.2f}"
+            excess = paired_difference(by_depth[depth], by_depth[shallowest])
+            cells.append(cell(excess, skip=skip, depth=f"{shallowest}→{depth}", published=published))
+    return pd.DataFrame(cells)
+
+
+def _published_failure(errors: pd.DataFrame) -> pd.DataFrame:
+    """The test error of the deepest plain net, in percent, over seeds."""
+    deepest = errors[(errors["skip"] == "none") & (errors["depth"] == max(TABLE_6))]
+    return cells_by(deepest, ["skip", "depth"], t_interval).assign(published="> 60")

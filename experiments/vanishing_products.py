@@ -5,8 +5,10 @@ whose product stays; the growth χ of ‖g_l‖² a layer and its depth scale ξ
 Schoenholz et al. 2017); the depth to which short training reaches; ‖∇W_l‖ beside ‖g_l‖.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from src import mean_field
-from src.certificate import certify
 from src.chain import cut
 from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.jacobian.materialised import layer_jacobian
-from src.locking import gradient_profile
+from src.jacobian.dense import dense_factors
+from src.locking import gradient_profile, growth
+from src.models.bottleneck import dense_layer
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "gradient": "ln ‖∇θ_1‖ of one sample's loss, nats",
@@ -44,6 +44,7 @@ QUANTITIES = {
     "train_accuracy": "share of training images told right after the short training",
     "test_accuracy": "share of test images told right after the short training",
     "diverged": "1 where the short training diverged, else 0",
+    "lag": "ln ‖ΔW_2‖/‖W_2‖ − ln ‖ΔW_{L−1}‖/‖W_{L−1}‖ over the short training, nats; a float32 weight moves by ε of itself at least",
 }
 
 # the networks whose bound is certified: tanh below, at and above its critical σw², ReLU at its own, a sigmoid, an orthogonal linear net
@@ -72,7 +73,7 @@ def check(config: Config, data: Data) -> None:
     """
     grid = config.grid
     require(len(grid.depths) >= 2 and min(grid.depths) >= 2, "grid.depths: at least two depths, each of at least 2 weight layers")
-    require(min(grid.train_depths) >= 2, "grid.train_depths: each of at least 2 weight layers")
+    require(min(grid.train_depths) >= 4, "grid.train_depths: each of at least 4 weight layers, two of them between hidden layers")
     require(grid.rate_depth >= 4, "grid.rate_depth: at least 4 weight layers, for a slope over the deeper half")
     require(min(grid.weight_vars + grid.train_weight_vars) > 0, "grid.weight_vars, grid.train_weight_vars: σw² above 0")
     require(config.model.width >= data.classes, f"model.width: at least {data.classes}, one a class, for an orthogonal readout")
@@ -82,12 +83,12 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    steps = context.steps()
+    steps, settled, profiled = context.steps(), partial(_settled, context), partial(_profile, context)
     return [
         *(Work(model, grid.certified_seeds, measuring=context.certify) for model in _bounded(config)),
         *(Work(model, 1, measuring=context.certify) for _, model in _scaled(config)),
-        *(Work(model, grid.seeds, measuring=context.certify) for model in _rated(config)),
-        Work(_hidden_net(config), grid.seeds),
+        *(Work(model, grid.seeds, measuring=settled) for model in _rated(config)),
+        Work(_hidden_net(config), grid.seeds, measuring=profiled),
         *(Work(model, grid.train_seeds, steps) for model in _short(config)),
     ]
 
@@ -105,21 +106,18 @@ def _bounded(config: Config) -> list[ModelConfig]:
 def _bounds(context: Context) -> Iterator[Row]:
     """Both forms of the bound on every sample, and ‖J_l‖ beside them."""
     grid = context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
+    inputs, _ = context.samples(context.data.test, grid.samples)
+    input_norms = inputs.double().flatten(1).square().sum(1).add(1).sqrt().tolist()
     for model in context.progress(_bounded(context.config), "bounds"):
         for seed in range(grid.certified_seeds):
-            certificate = certify(exact_network(context, model, seed), inputs, targets)
+            certificate = context.certify(exact_network(context, model, seed))
             where = {"part": "bound", **network_columns(model, seed)}
             if seed == 0 and model.depth == max(grid.depths):
                 context.tracker.certificate(f"{model.activation} {model.weight_var:g}", certificate)
-            yield {"quantity": "mean_norm", "value": certificate.layers["norm"].mean(), **where}
-            for sample in certificate.bound().itertuples():
-                at = {**where, "sample": sample.sample}
-                yield {"quantity": "gradient", "value": sample.lhs, **at}
-                yield {"quantity": "bound_as_stated", "value": sample.rhs_as_stated, **at}
-                yield {"quantity": "bound", "value": sample.rhs, **at}
-                norm = inputs[sample.sample].double().square().sum().add(1).sqrt()
-                yield {"quantity": "input_norm", "value": float(norm), **at}
+            yield from measured(where, mean_norm=certificate.layers["norm"].mean())
+            for bound, norm in zip(certificate.bound().itertuples(), input_norms, strict=True):
+                sides = {"gradient": bound.lhs, "bound_as_stated": bound.rhs_as_stated, "bound": bound.rhs}
+                yield from measured({**where, "sample": bound.sample}, **sides, input_norm=norm)
 
 
 def exact_network(context: Context, model: ModelConfig, seed: int) -> nn.Sequential:
@@ -144,16 +142,13 @@ def _scaled(config: Config) -> list[tuple[str, ModelConfig]]:
 
 def _scaled_chains(context: Context) -> Iterator[Row]:
     """Orthogonal linear chains whose layers are scaled to a given ‖J_l‖ < 1."""
-    grid = context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
     for kind, model in _scaled(context.config):
         network = exact_network(context, model, 0)
         scale_layers(network, SCALED[kind])
         where = {"part": "scaled", "chain": kind, **network_columns(model, 0)}
-        certificate = certify(network, inputs, targets)
-        yield {"quantity": "attenuation", "value": float(certificate.log_attenuation.mean()), **where}
+        yield from measured(where, attenuation=float(context.certify(network).log_attenuation.mean()))
         for layer, value in context.error_signals(network).items():
-            yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
+            yield from measured({**where, "layer": layer}, error_signal=value)
 
 
 @torch.no_grad()
@@ -164,33 +159,44 @@ def scale_layers(network: nn.Sequential, norm: Callable[[int], float]) -> None:
 
 
 def _rated(config: Config) -> list[ModelConfig]:
-    settings = [(activation, weight_var) for activation in ACTIVATIONS for weight_var in config.grid.weight_vars]
-    return [replace(config.model, activation=phi, weight_var=weight_var, depth=config.grid.rate_depth) for phi, weight_var in settings]
+    grid = config.grid
+    return [
+        replace(config.model, activation=activation, weight_var=weight_var, depth=grid.rate_depth, width=grid.product_width)
+        for activation in ACTIVATIONS
+        for weight_var in grid.weight_vars
+    ]
 
 
 def _rates(context: Context) -> Iterator[Row]:
     """χ and the gradient's own rate for every activation, σw² and seed."""
-    grid = context.config.grid
-    inputs, _ = context.samples(context.data.test, grid.samples)
     for model in context.progress(_rated(context.config), "rates"):
-        for seed in range(grid.seeds):
-            network = context.network(model, seed)
+        for seed in range(context.config.grid.seeds):
+            chi, signals = _settled(context, context.network(model, seed))
             where = {"part": "rate", **network_columns(model, seed)}
-            yield {"quantity": "chi", "value": mean_squared_singular_value(network, inputs.double()), **where}
-            signal = context.error_signals(network)
-            for layer, value in signal.items():
-                yield {"quantity": "error_signal", "value": value, "layer": layer, **where}
-            deep = range(grid.rate_depth // 2, grid.rate_depth)
-            distances = [grid.rate_depth - layer for layer in deep]
-            yield {"quantity": "rate", "value": slope(distances, [2 * signal[layer] for layer in deep]).value, **where}
+            yield from measured(where, chi=chi, rate=growth(signals))
+            for layer, value in signals.items():
+                yield from measured({**where, "layer": layer}, error_signal=value)
+
+
+def _settled(context: Context, network: nn.Sequential) -> tuple[float, dict[int, float]]:
+    """χ and the error signals of a network."""
+    inputs, _ = context.samples(context.data.test, context.config.grid.samples)
+    return mean_squared_singular_value(network, inputs.double()), context.error_signals(network)
 
 
 def mean_squared_singular_value(network: nn.Sequential, inputs: torch.Tensor) -> float:
-    """Σσ²/n = ‖J_l‖_F²/n over the second half of the hidden layers, where the variance has settled, and the samples."""
+    """Σσ²/n = ‖J_l‖_F²/n = Σ_i φ'(z_i)²‖w_i‖²/n, mean over samples and the deeper half of the hidden layers, whose variance has settled.
+
+    Args:
+        network: an MLP, so that J_l = diag φ'(z) W, w_i the rows of W.
+        inputs: H_0, in float64.
+    """
     chain = cut(network, None, torch.float64, "eval")
-    states = chain.states(inputs)
-    deep = range(len(chain.stages) // 2, len(chain.stages) - 1)
-    squares = [layer_jacobian(chain.stages[index], states[index]).square().sum((1, 2)) / states[index][0].numel() for index in deep]
+    states, squares = chain.states(inputs), []
+    for index in range(len(chain.stages) // 2, len(chain.stages) - 1):
+        stage, outputs = chain.stages[index], states[index + 1]
+        _, slopes = dense_factors(stage, states[index], torch.ones_like(outputs))
+        squares.append(slopes.square() @ dense_layer(stage).weight.square().sum(1) / outputs.shape[1])
     return float(torch.stack(squares).mean())
 
 
@@ -200,15 +206,16 @@ def _hidden_net(config: Config) -> ModelConfig:
 
 def _hiding(context: Context) -> Iterator[Row]:
     """Profiles of a net in which ‖∇W_l‖ does not tell what becomes of ‖g_l‖."""
-    grid = context.config.grid
-    inputs, targets = context.samples(context.data.test, grid.samples)
     model = _hidden_net(context.config)
-    for seed in range(grid.seeds):
-        chain = cut(context.network(model, seed), None, torch.float64, "eval")
-        for stage in gradient_profile(chain, inputs.double(), targets, cross_entropy).itertuples():
+    for seed in range(context.config.grid.seeds):
+        for stage in _profile(context, context.network(model, seed)).itertuples():
             where = {"part": "hiding", "layer": stage.index, **network_columns(model, seed)}
-            yield {"quantity": "error_signal", "value": stage.log_error_norm, **where}
-            yield {"quantity": "weight_gradient", "value": stage.log_weight_grad_norm, **where}
+            yield from measured(where, error_signal=stage.log_error_norm, weight_gradient=stage.log_weight_grad_norm)
+
+
+def _profile(context: Context, network: nn.Sequential) -> pd.DataFrame:
+    inputs, targets = context.samples(context.data.test, context.config.grid.samples)
+    return gradient_profile(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
 
 
 def _short(config: Config) -> list[ModelConfig]:
@@ -225,51 +232,60 @@ def _edge(context: Context) -> Iterator[Row]:
     for model in context.progress(_short(context.config), "short trainings"):
         for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed)
+            drawn = copy.deepcopy(network)
             outcome = context.train(network, f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", seed)
             where = {"part": "edge", **network_columns(model, seed)}
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, **where}
+            yield from measured(where, **outcome.metrics())
+            if outcome.status == "finished":
+                yield from measured(where, lag=lag(drawn, network))
+
+
+@torch.no_grad()
+def lag(before: nn.Sequential, after: nn.Sequential) -> float:
+    """By how much less W_2 has moved than W_{L−1}, each relative to its norm: the ln of the ratio, nats.
+
+    A float32 weight moves by ε of itself or not at all: less than that counts as ε.
+    """
+    pairs = list(zip(linears(before), linears(after), strict=True))
+    moved = [float((new.weight - old.weight).norm() / old.weight.norm()) for old, new in (pairs[1], pairs[-2])]
+    second, last = (max(share, torch.finfo(torch.float32).eps) for share in moved)
+    return float(np.log(second / last))
 
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    settled = _settled(rows)
+    bounds, nets, vanishing = _by_sample(rows), _beside_theory(rows), _vanishing(rows)
+    linear, known = bounds.query("activation == 'linear'"), nets.query("activation == 'tanh' and weight_var in @KNOWN_SCALE")
+    violation = (linear["gradient"] - linear["bound_as_stated"] - np.log(linear["input_norm"])).abs()
     cells = {
-        "bound_as_stated": _slack(rows, "bound_as_stated"),
-        "bound": _slack(rows, "bound"),
-        "orthogonal_violation": _violation(rows),
-        "small_norms_vanish": _vanishing(rows),
-        "uniform_norms_vanish": _vanishing(rows),
+        "bound_as_stated": _slack(bounds, "bound_as_stated"),
+        "bound": _slack(bounds, "bound"),
+        "orthogonal_violation": cells_by(linear.assign(value=violation), ["depth"], greatest),
+        "small_norms_vanish": vanishing,
+        "uniform_norms_vanish": vanishing,
         "large_norms_vanish": _large_norms(rows),
-        "chi": _by_setting(settled, lambda net: net["chi"] / net["prediction"] - 1),
-        "rate": _by_setting(settled, lambda net: np.exp(net["rate"]) / net["prediction"] - 1),
-        "chi_decides": _by_setting(settled, lambda net: net["rate"]),
-        "depth_scale": _by_setting(settled[_has_known_scale(settled)], lambda net: net["rate"] / np.log(net["prediction"])),
+        "chi": _by_setting(nets, nets["measured"] / nets["chi"] - 1),
+        "rate": _by_setting(nets, np.exp(nets["rate"]) / nets["chi"] - 1),
+        "chi_decides": _by_setting(nets, nets["rate"]),
+        "depth_scale": _by_setting(known, known["rate"] / np.log(known["chi"])),
         "trainable_depth": _trainable_depth(rows),
+        "early_layers_locked": _lags(rows),
         "weight_gradient_hides": _hidden(rows),
     }
     return judge_forms("vanishing_products", criteria, cells)
 
 
-def _slack(rows: pd.DataFrame, form: str) -> pd.DataFrame:
-    """The least slack of each network family and depth; every draw counts."""
-    keys = ["activation", "init", "weight_var", "depth"]
-    wide = _by_sample(rows)
-    slack = (wide[form] - wide["gradient"]).groupby(keys)
-    return pd.DataFrame([cell(least(values), **dict(zip(keys, at, strict=True))) for at, values in slack])
-
-
-def _violation(rows: pd.DataFrame) -> pd.DataFrame:
-    """How far the orthogonal linear net is from breaking the stated bound by exactly √(‖x‖²+1)."""
-    wide = _by_sample(rows).xs("linear", level="activation")
-    error = (wide["gradient"] - wide["bound_as_stated"] - np.log(wide["input_norm"])).abs().groupby("depth")
-    return pd.DataFrame([cell(greatest(values), depth=depth) for depth, values in error])
-
-
 def _by_sample(rows: pd.DataFrame) -> pd.DataFrame:
+    """Both sides of the bound, a line a network and sample."""
     index = ["activation", "init", "weight_var", "depth", "net_seed", "sample"]
     of_samples = rows[(rows["part"] == "bound") & rows["sample"].notna()]
-    return of_samples.pivot(index=index, columns="quantity", values="value")
+    return of_samples.pivot(index=index, columns="quantity", values="value").reset_index()
+
+
+def _slack(bounds: pd.DataFrame, form: str) -> pd.DataFrame:
+    """The least slack of each network family and depth; every draw counts."""
+    slack = bounds.assign(value=bounds[form] - bounds["gradient"])
+    return cells_by(slack, ["activation", "init", "weight_var", "depth"], least)
 
 
 def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
@@ -293,25 +309,17 @@ def _large_norms(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([cell(t_interval(rates), mean_norm=mean_norm, **where)] if len(rates) else [])
 
 
-def _settled(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each random net's χ and rate beside the mean-field χ of its activation, σw² and σb²."""
+def _beside_theory(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each random net's rate and its `measured` mean squared singular value beside the mean-field χ of its activation, σw² and σb²."""
     keys = ["activation", "weight_var", "bias_var", "net_seed"]
-    measured = rows[rows["quantity"].isin(["chi", "rate"])].pivot(index=keys, columns="quantity", values="value").reset_index()
-    measured["prediction"] = [mean_field.chi(net.activation, net.weight_var, net.bias_var) for net in measured.itertuples()]
-    return measured
+    nets = rows[rows["quantity"].isin(["chi", "rate"])].pivot(index=keys, columns="quantity", values="value").reset_index()
+    chi = [mean_field.chi(net.activation, net.weight_var, net.bias_var) for net in nets.itertuples()]
+    return nets.rename(columns={"chi": "measured"}).assign(chi=chi)
 
 
-def _has_known_scale(settled: pd.DataFrame) -> pd.Series:
-    return (settled["activation"] == "tanh") & settled["weight_var"].isin(KNOWN_SCALE)
-
-
-def _by_setting(settled: pd.DataFrame, statistic: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:
+def _by_setting(nets: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     """The t-interval of a statistic over the seeds of each setting."""
-    cells = []
-    for (activation, weight_var), nets in settled.groupby(["activation", "weight_var"]):
-        at = {"activation": activation, "weight_var": weight_var, "chi": nets["prediction"].iloc[0]}
-        cells.append(cell(t_interval(statistic(nets)), **at))
-    return pd.DataFrame(cells)
+    return cells_by(nets.assign(value=values), ["activation", "weight_var", "chi"], t_interval)
 
 
 def trainable_depths(rows: pd.DataFrame) -> pd.DataFrame:
@@ -347,6 +355,13 @@ def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
         bracket = Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not")
         cells.append(cell(bracket, weight_var=edge.weight_var))
     return pd.DataFrame(cells)
+
+
+def _lags(rows: pd.DataFrame) -> pd.DataFrame:
+    """By how much less the early layers have moved than the late ones, over seeds, beside ξ: infinite where gradients don't vanish."""
+    edges, lags = trainable_depths(rows).set_index("weight_var"), pick(rows, "lag")
+    scales = edges["scale"].where(edges["chi"] < 1, np.inf)
+    return cells_by(lags.assign(scale=lags["weight_var"].map(scales)), ["weight_var", "scale", "depth"], t_interval)
 
 
 def _hidden(rows: pd.DataFrame) -> pd.DataFrame:

@@ -8,8 +8,8 @@ a gradient of rank above C−1; and N samples have a gradient of rank N at most.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +26,10 @@ from src.jacobian.materialised import layer_jacobian
 from src.locking import walk_back
 from src.mean_field import CRITICAL_WEIGHT_VAR
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.spectrum import Spectrum, gram_spectrum, spectrum
 from src.statistics import greatest, paired_difference, t_interval
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
     "jacobian_rank": "rank J_l of a hidden layer between hidden layers, mean over samples",
@@ -64,9 +62,9 @@ def check(config: Config, data: Data) -> None:
 
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
-    config, grid = context.config, context.config.grid
-    steps = context.steps()
-    return [*(Work(model, grid.seeds) for model in _models(config)), *(Work(model, grid.train_seeds, steps) for model in _models(config))]
+    grid, ranked = context.config.grid, partial(_ranked, context)
+    each = [(grid.seeds, 0), (grid.train_seeds, context.steps())]
+    return [Work(model, networks, steps, ranked) for networks, steps in each for model in _models(context.config)]
 
 
 def measure(context: Context) -> pd.DataFrame:
@@ -87,7 +85,7 @@ def _initial(context: Context) -> Iterator[Row]:
     """Random networks as drawn."""
     for model in context.progress(_models(context.config), "widths"):
         for seed in range(context.config.grid.seeds):
-            yield from _ranks(context, context.network(model, seed), {"part": "rank", "when": "initial", **network_columns(model, seed)})
+            yield from _ranks(context, context.network(model, seed), {"when": "initial", **network_columns(model, seed)})
 
 
 def _trainings(context: Context) -> Iterator[Row]:
@@ -95,44 +93,46 @@ def _trainings(context: Context) -> Iterator[Row]:
     for model in context.progress(_models(context.config), "trainings"):
         for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed)
-            where = {"part": "training", **network_columns(model, seed)}
+            where = network_columns(model, seed)
             outcome = context.train(network, f"{model.activation}, width {model.width}, seed {seed}", seed)
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, **where}
+            yield from measured({"part": "training", **where}, **outcome.metrics())
             if outcome.status == "finished":
-                yield from _ranks(context, network, {**where, "part": "rank", "when": "trained"})
+                yield from _ranks(context, network, {"when": "trained", **where})
 
 
 def _ranks(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    for at, ranks in _ranked(context, network):
+        yield from measured({"part": "rank", "classes": context.data.classes, **where, **at}, **ranks)
+
+
+def _ranked(context: Context, network: nn.Sequential) -> list[tuple[Row, dict[str, float]]]:
     """Every rank of every layer: the gradients' for every batch of N training images, the Jacobians' on the first few of them."""
-    grid, classes = context.config.grid, context.data.classes
+    grid, found = context.config.grid, []
     inputs, targets = context.samples(context.data.train, max(grid.batch_sizes))
     for link in walk_back(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy):
-        at = {**where, "layer": link.index, "classes": classes}
-        if 1 < link.index < where["depth"]:
-            yield from _pair(
-                "jacobian", spectrum(layer_jacobian(link.stage, link.inputs[: grid.samples])), {**at, "batch_size": grid.samples}
-            )
+        if 1 < link.index < len(network):
+            jacobians = spectrum(layer_jacobian(link.stage, link.inputs[: grid.samples]))
+            found.append(({"layer": link.index, "batch_size": grid.samples}, _both_ranks("jacobian", jacobians)))
         hidden, deltas = dense_factors(link.stage, link.inputs, link.signal.relative())
         for size in grid.batch_sizes:
             H, D = hidden[:size], deltas[:size]
-            yield from _pair("gradient", spectrum(D.T @ H), {**at, "batch_size": size})
-            yield from _sample_gradients(H, D, {**at, "batch_size": size})
+            ranks = {**_both_ranks("gradient", spectrum(D.T @ H)), **_sample_gradient_ranks(H, D)}
+            found.append(({"layer": link.index, "batch_size": size}, ranks))
+    return found
 
 
-def _pair(matrix: str, s: Spectrum, at: Row) -> Iterator[Row]:
+def _both_ranks(matrix: str, s: Spectrum) -> dict[str, float]:
     """Rank and stable rank, means over samples where there are several; a zero matrix has stable rank 0."""
-    yield {"quantity": f"{matrix}_rank", "value": float(s.rank.double().mean()), **at}
-    yield {"quantity": f"{matrix}_stable_rank", "value": float(s.stable_rank.nan_to_num().mean()), **at}
+    return {f"{matrix}_rank": float(s.rank.double().mean()), f"{matrix}_stable_rank": float(s.stable_rank.nan_to_num().mean())}
 
 
-def _sample_gradients(hidden: torch.Tensor, deltas: torch.Tensor, at: Row) -> Iterator[Row]:
+def _sample_gradient_ranks(hidden: torch.Tensor, deltas: torch.Tensor) -> dict[str, float]:
     """Rank and stable rank of the N×P_l matrix; rows of unit length have the same rank, and small gradients count as large ones do."""
     gram = parameter_gram(hidden, deltas)
     lengths = gram.diagonal().sqrt()
     units = torch.where(lengths > 0, 1 / lengths, 0)
-    yield {"quantity": "sample_gradients_rank", "value": float(gram_spectrum(units[:, None] * gram * units).rank), **at}
-    yield {"quantity": "sample_gradients_stable_rank", "value": float(gram_spectrum(gram).stable_rank.nan_to_num()), **at}
+    ranks = _both_ranks("sample_gradients", gram_spectrum(gram))
+    return {**ranks, "sample_gradients_rank": float(gram_spectrum(units[:, None] * gram * units).rank)}
 
 
 def predicted_sample_rank(width: int, batch_size: int, classes: int) -> int:
@@ -197,25 +197,20 @@ def _steps(nets: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Row, int, int,
 
 def _softmax_cap(rows: pd.DataFrame) -> pd.DataFrame:
     """The largest rank of a batch gradient in units of C−1, over layers, batch sizes and seeds."""
-    ranks = pick(rows, "gradient_rank").assign(place=lambda found: np.where(found["layer"] == found["depth"], "readout", "hidden"))
-    return _largest(ranks.assign(value=ranks["value"] / (ranks["classes"] - 1)), ["activation", "place", "when", "width"])
+    ranks = pick(rows, "gradient_rank")
+    place = np.where(ranks["layer"] == ranks["depth"], "readout", "hidden")
+    shares = ranks.assign(place=place, value=ranks["value"] / (ranks["classes"] - 1))
+    return cells_by(shares, ["activation", "place", "when", "width"], greatest)
 
 
 def _batch_cap(rows: pd.DataFrame) -> pd.DataFrame:
     """The largest rank of a batch gradient in units of N, over layers, widths and seeds."""
     ranks = pick(rows, "gradient_rank")
-    return _largest(ranks.assign(value=ranks["value"] / ranks["batch_size"]), ["activation", "when", "batch_size"])
-
-
-def _largest(ranks: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    return pd.DataFrame([cell(greatest(values), **dict(zip(keys, at, strict=True))) for at, values in ranks.groupby(keys)["value"]])
+    return cells_by(ranks.assign(value=ranks["value"] / ranks["batch_size"]), ["activation", "when", "batch_size"], greatest)
 
 
 def _linear_sample_gradients(nets: pd.DataFrame) -> pd.DataFrame:
     """The rank of linear nets' N×P_l matrix in units of its prediction, over seeds."""
-    cells = []
-    keys = ["when", "width", "batch_size", "classes"]
-    for (when, width, size, classes), values in nets[nets["activation"] == "linear"].groupby(keys)["value"]:
-        predicted = predicted_sample_rank(int(width), int(size), int(classes))
-        cells.append(cell(t_interval(values / predicted), when=when, width=int(width), batch_size=int(size)))
-    return pd.DataFrame(cells)
+    linear = nets.query("activation == 'linear'")
+    predicted = [predicted_sample_rank(net.width, net.batch_size, net.classes) for net in linear.itertuples()]
+    return cells_by(linear.assign(value=linear["value"] / predicted), ["when", "width", "batch_size"], t_interval)

@@ -96,31 +96,37 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _flow(axis: Axes, rows: pd.DataFrame) -> None:
-    flows = pick(rows, "flow", part="flow")
+    flows, trained = pick(rows, "flow", part="flow"), pick(rows, "flow", part="along", norm="batch")
+    trained = trained[trained["step"] == trained["step"].max()]
     depths = np.array(sorted(flows["depth"].unique()))
     for k, (norm, name) in enumerate(NAMES.items()):
         nets = flows[flows["norm"] == norm]
         axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
-    axis.plot(depths, (depths - 2) * np.log(batch_norm_growth(np.inf)) / 2, color="k", linewidth=0.7)
-    axis.plot(depths, 0 * depths, color="k", linewidth=0.7)
+    label = f"BatchNorm, {trained['step'].max():.0f} steps later"
+    axis.plot(trained["depth"], trained["value"], linestyle="none", marker="x", color="k", label=label)
+    for rate in (np.log(batch_norm_growth(np.inf)), 0.0):
+        axis.plot(depths, (depths - 2) * rate / 2, color="k", linewidth=0.7)
     axis.axhline(np.log(10), color="0.3", linewidth=0.8, linestyle=":", label="ln 10")
-    axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
-    axis.set_ylim(top=1.5 * axis.get_ylim()[1])
-    title(axis, "initial; black: mean field")
+    axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g$_1$‖ / ‖g$_{L-1}$‖ (nats)")
+    axis.set_ylim(top=1.7 * axis.get_ylim()[1])
+    title(axis, "black: mean field at start")
     axis.legend(loc="upper left")
 
 
 def _training(axis: Axes, rows: pd.DataFrame) -> None:
-    for k, ((norm, depth), nets) in enumerate(pick(rows, "range", part="along").groupby(["norm", "depth"])):
-        ranges = nets.pivot(index="step", columns="net_seed", values="value")
-        axis.plot(ranges.index, ranges, color=f"C{k}", alpha=0.3, linewidth=0.7)
+    for k, ((norm, depth), nets) in enumerate(pick(rows, "rate", part="along").groupby(["norm", "depth"])):
+        growth = np.exp(nets.pivot(index="step", columns="net_seed", values="value"))
+        axis.plot(growth.index, growth, color=f"C{k}", alpha=0.3, linewidth=0.7)
         label = f"{'BN' if norm == 'batch' else 'LN'}, depth {depth:.0f}"
-        axis.plot(ranges.index, ranges.mean(axis=1), DASHES[k], marker=MARKERS[k], color=f"C{k}", label=label)
+        axis.plot(growth.index, growth.mean(axis=1), DASHES[k], marker=MARKERS[k], color=f"C{k}", label=label)
+    axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":", label="π/(π−1)")
     axis.set_xscale("symlog", linthresh=1)
-    axis.set(xlabel="training steps", ylabel="range of ln ‖g_l‖ over l (nats)")
-    axis.set_ylim(bottom=0, top=axis.get_ylim()[1] * 1.35)
+    axis.set_xlim(left=-0.2)
+    axis.set(xlabel="training steps", ylabel="growth of ‖g‖² a layer")
+    low, high = axis.get_ylim()
+    axis.set_ylim(top=high + 0.45 * (high - low))
     title(axis, "along training")
-    axis.legend(loc="upper right")
+    axis.legend(loc="upper right", ncols=2, columnspacing=0.6, handlelength=1.5)
 
 
 def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
@@ -130,11 +136,12 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
         for j, (_, nets) in enumerate(trained.groupby("batch")):
             axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
             label = name if j == 0 else None
-            sns.lineplot(nets, x="depth", y="value", ax=axis, color=f"C{k}", linestyle=DASHES[j], errorbar=t_error, label=label)
+            style = {"color": f"C{k}", "linestyle": DASHES[j], "err_kws": {"alpha": 0.1}}
+            sns.lineplot(nets, x="depth", y="value", ax=axis, errorbar=t_error, label=label, **style)
     axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="depth L (weight layers)", ylabel="train accuracy", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
-    title(axis, "trained; dotted: L = 50")
+    title(axis, f"after {accuracy['steps'].max():.0f} steps; dotted: L = 50")
     batches = enumerate(sorted(accuracy["batch"].unique()))
     sizes = [Line2D([0], [0], color="k", linestyle=cast(Any, DASHES[j]), label=f"N = {n:.0f}") for j, n in batches]
     chains, _ = axis.get_legend_handles_labels()

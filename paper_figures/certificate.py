@@ -1,17 +1,17 @@
 """Figure and table of certificate: accuracy against each entry, rank correlations with intervals, foretold against reached accuracy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.certificate import CONVOLUTIONAL, ENTRIES, K_BACK, KINDS, READINGS, networks
+from experiments.certificate import CONVOLUTIONAL, ENTRIES, K_BACK, KINDS, READINGS, networks, told
 from paper_figures.style import MARKERS, panels, title
 from src.prediction import association, predict_left_out
-from src.statistics import Estimate
 
 NAMES = {
     "attenuation": "Σ ln ‖J_l‖",
@@ -36,32 +36,48 @@ SHOWN = {
     "gradient_ratio": ("|ln ‖g_1‖/‖g_L‖| (nats)", "symlog", -1),
     "severity": ("severity λ, mean over stages", "linear", -1),
 }
+COMBINATIONS = {"best of K_back": K_BACK, "best of all": tuple(READINGS)}  # each foretells a family from the others
 LEVEL = 0.3  # the criterion's
+WORDS = {"predicts": "", "predicts nothing": ": nothing", "predicts the reverse": ": the reverse"}
+COLOURS = {"predicts": "C2", "predicts nothing": "0.5", "predicts the reverse": "C3"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Nine panels: accuracy against six readings, rank correlations, and the accuracy that two combinations foretell."""
     nets = networks(rows)
+    combined = {name: predict_left_out(nets, readings, "accuracy", "kind") for name, readings in COMBINATIONS.items()}
     with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
         for axis, reading in zip(axes, SHOWN, strict=False):
             _against(axis, nets, reading)
         _legend(axes[0], None)
-        _correlations(axes[6], nets)
-        _foretold(axes[7], nets, K_BACK, "family left out, by K_back")
-        _foretold(axes[8], nets, tuple(READINGS), "family left out, by all")
+        _correlations(axes[6], nets, combined)
+        for axis, (name, foretold) in zip(axes[7:], combined.items(), strict=True):
+            _foretold(axis, foretold, name)
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's ρ of every reading with the accuracy over the zoo, its interval, and ρ within each family."""
+    """Spearman's ρ of every reading with the accuracy over the zoo, its interval, what it says, and ρ within each family.
+
+    The last lines are those of the best combinations, each family foretold from the others.
+    """
     nets = networks(rows)
+    known = rows.groupby("quantity")["known"].first()
     lines = []
     for reading, name in NAMES.items():
-        rho = association(nets[reading], nets["accuracy"])
-        within = {f"ρ, {kind}": association(part[reading], part["accuracy"]).value for kind, part in nets.groupby("kind")}
-        entry: dict[str, Any] = {"reading": name, "in K_back": "yes" if reading in ENTRIES else "no"}
-        lines.append({**entry, "ρ": rho.value, "low": rho.lo, "high": rho.hi, **within, "architectures": rho.n})
+        kind = {"reading": name, "in K_back": "yes" if reading in ENTRIES else "no", "known": known[READINGS[reading][0]]}
+        lines.append({**kind, **_line(nets, nets[reading])})
+    for name, readings in COMBINATIONS.items():
+        kind = {"reading": f"{name}, family left out", "in K_back": "yes" if readings is K_BACK else "no", "known": "fitted"}
+        foretold = predict_left_out(nets, readings, "accuracy", "kind")
+        lines.append({**kind, **_line(foretold, foretold["predicted"])})
     return pd.DataFrame(lines)
+
+
+def _line(nets: pd.DataFrame, values: pd.Series) -> dict[str, Any]:
+    rho = association(values, nets["accuracy"])
+    within = {f"ρ, {kind}": association(values[part.index], part["accuracy"]).value for kind, part in nets.groupby("kind")}
+    return {"ρ": rho.value, "low": rho.lo, "high": rho.hi, "says": told(rho), **within, "architectures": rho.n}
 
 
 def _kinds(nets: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,34 +104,36 @@ def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
     if sign < 0:
         axis.invert_xaxis()
     axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
-    title(axis, _interval(association(nets[reading], nets["accuracy"])))
+    rho = association(nets[reading], nets["accuracy"])
+    title(axis, f"ρ = {rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]{WORDS[told(rho)]}")
 
 
-def _correlations(axis: Axes, nets: pd.DataFrame) -> None:
-    """ρ of every reading with its interval, K_back's entries filled; the dotted line is the criterion's level."""
-    for place, reading in enumerate(NAMES):
-        rho = association(nets[reading], nets["accuracy"])
-        colour, face = ("C0", "C0") if reading in ENTRIES else ("0.35", "w")
+def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.DataFrame]) -> None:
+    """ρ of every reading and combination with its interval and what that says, K_back's filled; dotted: the criterion's level."""
+    found = [(name, reading in ENTRIES, association(nets[reading], nets["accuracy"])) for reading, name in NAMES.items()]
+    found += [(name, COMBINATIONS[name] is K_BACK, association(n["predicted"], n["accuracy"])) for name, n in combined.items()]
+    for place, (_, is_entry, rho) in enumerate(found):
+        colour = COLOURS[told(rho)]
         axis.plot([rho.lo, rho.hi], [place, place], color=colour)
-        axis.plot(rho.value, place, "o", color=colour, markerfacecolor=face)
+        axis.plot(rho.value, place, "o", color=colour, markerfacecolor=colour if is_entry else "w")
+    kinds = [Line2D([], [], color=colour, label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(NAMES)), NAMES.values(), fontsize=6)
-    axis.invert_yaxis()
-    axis.set(xlim=(-1, 1), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
+    axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=6)
+    axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -0.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
+    axis.legend(handles=kinds, loc="lower left", borderpad=0, handlelength=1)
     title(axis, "95% intervals")
 
 
-def _foretold(axis: Axes, nets: pd.DataFrame, readings: Sequence[str], what: str) -> None:
+def _foretold(axis: Axes, foretold: pd.DataFrame, what: str) -> None:
     """The accuracy of each family as fitted to the others, against the accuracy reached."""
-    predicted = predict_left_out(nets, readings, "accuracy", "kind")
-    for kind, look in _kinds(predicted):
-        part = predicted[predicted["kind"] == kind]
+    for kind, look in _kinds(foretold):
+        part = foretold[foretold["kind"] == kind]
         rho = association(part["predicted"], part["accuracy"]).value
         axis.plot(part["predicted"], part["accuracy"], **{**look, "label": f"{kind}, {rho:.2f}"})
     axis.plot([0, 1], [0, 1], color="k", linewidth=0.8)
     axis.set(xlabel="foretold accuracy", ylabel="test accuracy", ylim=(0, 1))
-    title(axis, what)
+    title(axis, f"{what}, family left out")
     _legend(axis, "ρ within")
 
 
@@ -123,7 +141,3 @@ def _legend(axis: Axes, heading: str | None) -> None:
     """A legend above the points."""
     axis.set(ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
     axis.legend(title=heading, loc="upper left", handletextpad=0.1, borderpad=0.1, labelspacing=0.3)
-
-
-def _interval(rho: Estimate) -> str:
-    return f"ρ = {rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]"

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.chain_rule import predicted_kept_rank
+from experiments.chain_rule import CONVOLUTIONAL, predicted_kept_rank
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
 
@@ -95,20 +95,21 @@ def _forms(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _coupling(axis: Axes, rows: pd.DataFrame) -> None:
-    batch = rows[rows["part"] == "batch"]
-    for k, (quantity, name, height) in enumerate((("error_own", "samples' own J_k", 1e-3), ("error", "one operator on the batch", 1e-13))):
-        for j, ((family, skip), chains) in enumerate(pick(batch, quantity).groupby(["family", "skip"])):
+    batch = rows[rows["part"] == "batch"].copy()
+    kinds = [NAMES[kind] for kind in zip(batch["family"], batch["skip"], strict=True)]
+    batch["kind"] = np.where(batch["family"].isin(CONVOLUTIONAL), "convolutional nets", kinds)
+    for k, (quantity, name, height) in enumerate((("error_own", "samples' own J_k", 30), ("error", "one operator on the batch", 1e-13))):
+        for j, (kind, chains) in enumerate(pick(batch, quantity).groupby("kind")):
             axis.plot(chains["batch_size"], _shown(chains["value"]), linestyle="none", marker=MARKERS[j], color=f"C{k}", alpha=0.4)
             worst = _shown(chains["value"]).groupby(chains["batch_size"]).max()
-            label = NAMES[(family, skip)] if k == 0 else None
-            axis.plot(worst.index, worst, color=f"C{k}", linestyle=DASHES[j], marker=MARKERS[j], label=label)
+            axis.plot(worst.index, worst, color=f"C{k}", linestyle=DASHES[j], marker=MARKERS[j], label=kind if k == 0 else None)
         axis.text(batch["batch_size"].max(), height, name, color=f"C{k}", fontsize=7, ha="right")
     axis.axhline(1e-10, color="k", linewidth=0.9)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set(xlabel="batch size N", ylabel="relative error of ∇θ_l")
+    axis.set(xlabel="batch size N", ylabel="relative error of ∇θ_l", ylim=(None, 1e3))
     title(axis, "train-mode BatchNorm")
-    axis.legend(loc="lower left", bbox_to_anchor=(0.02, 0.39))
+    axis.legend(loc="center right", bbox_to_anchor=(1, 0.6))
 
 
 def _ranks(axis: Axes, rows: pd.DataFrame) -> None:

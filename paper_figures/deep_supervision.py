@@ -57,7 +57,7 @@ def _chain(weight_var: float, depth: float) -> str:
 
 def _share(axis: Axes, rows: pd.DataFrame) -> None:
     for k, (weight_var, nets) in enumerate(shares(rows).groupby("weight_var")):
-        axis.plot(nets["depth"], nets["share"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, label=f"{weight_var:g}")
+        axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, label=f"{weight_var:g}")
         depths = np.array([2, nets["depth"].max()])
         axis.plot(depths, (depths - 2) * nets["loss"].iloc[0] / 2, "k-", linewidth=0.7)
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖∇θ_1 ℒ_1‖ / ‖∇θ_1 ℒ_L‖ (nats)")
@@ -96,15 +96,18 @@ def _angle(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _weights(axis: Axes, rows: pd.DataFrame) -> None:
-    nets = _trained(rows).query("schedule == 'none' and boost == 1 or schedule == 'constant' and every == 1")
+    swept = "schedule == 'none' and boost == 1 or schedule == 'constant' and every == 1"
+    nets, early = _trained(rows).query(swept), _trained(rows, "early_accuracy").query(swept)
     for k, (chain, of_chain) in enumerate(nets.groupby(CHAIN)):
         _curve(axis, of_chain, "alpha", k, _chain(*chain))
+        mean = early.groupby([*CHAIN, "alpha"])["value"].mean()[chain]
+        axis.plot(mean.index, mean, marker=MARKERS[k], markerfacecolor="none", color=f"C{k}", linewidth=0.5, markersize=3)
     axis.set_xscale("symlog", linthresh=nets.loc[nets["alpha"] > 0, "alpha"].min())
     weights = sorted(nets["alpha"].unique())
     axis.set_xticks(weights, [f"{weight:g}" for weight in weights])
     axis.minorticks_off()
     axis.set(xlabel="α of every exit (0: none)", ylabel="test accuracy of the chain", ylim=(0, 1))
-    title(axis, "an exit a stage, constant α")
+    title(axis, "constant α, k = 1; open: at ¼")
 
 
 def _spacings(axis: Axes, rows: pd.DataFrame) -> None:
@@ -135,8 +138,8 @@ def _exits(axis: Axes, rows: pd.DataFrame) -> None:
     title(axis, "every exit, trained together")
 
 
-def _trained(rows: pd.DataFrame) -> pd.DataFrame:
-    return pick(rows, "test_accuracy", part="training", heads="random")
+def _trained(rows: pd.DataFrame, quantity: str = "test_accuracy") -> pd.DataFrame:
+    return pick(rows, quantity, part="training", heads="random")
 
 
 def _curve(axis: Axes, nets: pd.DataFrame, x: str, k: int, label: str) -> None:

@@ -1,4 +1,4 @@
-"""Figure and table of forward_backward: four chains with both measures, one rate, and what each remedy gains either way."""
+"""Figure and table of forward_backward: four chains with the measures of both ways, and what each remedy gains either way."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,42 +8,52 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.forward_backward import GAIN, PATIENTS, WAYS, gain_cells, remedy_gains
+from experiments.forward_backward import GAIN, LOCKS, PATIENTS, WAYS, remedy_gains
 from paper_figures.style import DASHES, MARKERS, panels, title
-from src import mean_field
 from src.rows import pick
+from src.statistics import t_interval
+from src.verdict import cells_by
 
 CHAINS = {"neither": "orthogonal linear", "forwards": "ReLU, σw²=2", "backwards": "latching tanh", "both": "tanh, σw²=1"}
-REMEDIES = {"skip": "skip", "batch": "BatchNorm", "layer": "LayerNorm", "exits": "auxiliary losses"}
+REMEDIES = {"plain": "plain", "skip": "skip", "batch": "BatchNorm", "layer": "LayerNorm", "exits": "auxiliary losses"}
+MOMENTS = ("initial", "trained")
+WORDS = {"forward": "forwards (decades)", "backward": "backwards (decades)", "accuracy": "test accuracy"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Six panels: states and gradients along the four chains, both locks of each, the two rates, gains of the remedies either way."""
+    """Six panels: what the four chains do to states (left) and to gradients (right), and what the remedies gain either way."""
     with panels(rows, count=6, columns=2, height=2.25) as (figure, axes):
         _states(axes[0], rows)
         _signals(axes[1], rows)
-        _quadrants(axes[2], rows)
-        _rates(axes[3], rows)
+        _dimensions(axes[2], rows)
+        _severities(axes[3], rows)
         _gains(axes[4], rows, "forward")
         _gains(axes[5], rows, "backward")
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Both locks of every patient with every remedy, their gains over the plain chain with intervals, and the accuracy reached."""
-    gains = gain_cells(remedy_gains(rows)).set_index(GAIN)
-    gains = gains.assign(half=gains["hi"] - gains["estimate"])
+    """Forwards and backwards against plain, skip, norm and auxiliary losses, for every chain, before and after training.
+
+    Under "plain" the chain's own lock, under a remedy by how much it brings the chain nearer to no lock, paired by seed; decades, each
+    with half of its 95% interval. Below them the accuracies, and how many of the trainings diverged.
+    """
     treated = rows[(rows["part"] == "remedy") & (rows["remedy"] != "local")]
+    locks = treated[treated["quantity"].isin(LOCKS) & (treated["remedy"] == "plain")]
+    own = locks.assign(way=locks["quantity"].str.removesuffix("_lock"))
+    accuracies = pick(treated, "test_accuracy").assign(way="accuracy")
+    entries = cells_by(pd.concat([own, remedy_gains(rows), accuracies]), GAIN, t_interval).set_index(GAIN)
+    diverged = pick(treated, "diverged").groupby(["patient", "remedy"])["value"].sum()
     lines = []
-    for (patient, remedy), nets in treated.groupby(["patient", "remedy"], sort=False):
-        for when in ("initial", "trained"):
-            line = {"chain": patient, "remedy": remedy, "when": when}
-            for way in WAYS:
-                gain = gains.reindex([(way, when, patient, remedy)]).iloc[0]
-                lock = pick(nets, f"{way}_lock", when=when)["value"]
-                line |= {f"{way} lock (decades)": lock.mean(), f"{way} gain": gain["estimate"], f"± {way} gain": gain["half"]}
-            accuracy = pick(nets, "test_accuracy")["value"].mean() if when == "trained" else np.nan
-            lines.append({**line, "test accuracy": accuracy, "nets": len(lock)})
+    for patient in PATIENTS:
+        for when, what in [*((when, way) for when in MOMENTS for way in WAYS), ("trained", "accuracy")]:
+            line: dict[str, Any] = {"chain": patient, "when": when, "of": WORDS[what]}
+            for remedy, name in REMEDIES.items():
+                entry = entries.reindex([(what, when, patient, remedy)]).iloc[0]
+                line |= {name: entry["estimate"], f"± {name}": entry["hi"] - entry["estimate"]}
+            lines.append(line)
+        counts = {name: diverged[patient, remedy] for remedy, name in REMEDIES.items()}
+        lines.append({"chain": patient, "when": "trained", "of": "diverged (nets)", **counts})
     return pd.DataFrame(lines)
 
 
@@ -56,69 +66,69 @@ def _along(axis: Axes, rows: pd.DataFrame, quantity: str, transform: Callable[[p
     axis.set_xlabel("layer l")
 
 
+def _ranks(axis: Axes, rows: pd.DataFrame, quantity: str) -> None:
+    """The mean rank of each of the four chains, as small markers at every fourth layer."""
+    for k, chain in enumerate(CHAINS):
+        mean = pick(rows, quantity, part="chain", chain=chain).groupby("layer")["value"].mean()
+        axis.plot(mean.index, mean, linestyle="none", marker=MARKERS[k], markersize=3, markevery=(k, 4), color=f"C{k}", fillstyle="none")
+
+
+def _threshold(axis: Axes, rows: pd.DataFrame) -> None:
+    axis.axhline(pick(rows, LOCKS[0], part="chain")["threshold"].iloc[0], color="0.3", linewidth=0.8, linestyle=":")
+
+
 def _states(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "dissimilarity", lambda profile: -np.log10(profile))
+    _threshold(axis, rows)
     axis.set_ylabel("1/(1 − c_l) (decades)")
-    title(axis, "states: how alike")
+    title(axis, "correlation of states; locked above ···")
     axis.legend(loc="upper left")
 
 
 def _signals(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "error_signal", lambda profile: (profile.iloc[-1] - profile) / np.log(10))
-    axis.set_ylabel("‖g_{L−1}‖/‖g_l‖ (decades)")
-    title(axis, "gradients: how small")
-
-
-def _quadrants(axis: Axes, rows: pd.DataFrame) -> None:
-    for k, (chain, name) in enumerate(CHAINS.items()):
-        locks = rows[(rows["part"] == "chain") & (rows["chain"] == chain) & rows["quantity"].isin(["forward_lock", "backward_lock"])]
-        wide = locks.pivot(index="net_seed", columns="quantity", values="value")
-        axis.plot(wide["forward_lock"], wide["backward_lock"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.6, label=name)
-    threshold = pick(rows, "forward_lock", part="chain")["threshold"].iloc[0]
-    axis.axhline(threshold, color="0.3", linewidth=0.8, linestyle=":")
-    axis.axvline(threshold, color="0.3", linewidth=0.8, linestyle=":")
+    _threshold(axis, rows)
     axis.set_yscale("symlog", linthresh=1)
-    axis.set_ylim(top=3 * pick(rows, "backward_lock", part="chain")["value"].max())
-    axis.set(xlabel="forward lock (decades)", ylabel="backward lock (decades)")
-    title(axis, "a point a net; dotted: locked")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylabel("‖g_{L−1}‖/‖g_l‖ (decades)")
+    title(axis, "loss of gradient; locked above ···")
 
 
-def _rates(axis: Axes, rows: pd.DataFrame) -> None:
-    rates = rows[rows["part"] == "rate"]
-    for k, ((activation, weight_var, bias_var), nets) in enumerate(rates.groupby(["activation", "weight_var", "bias_var"])):
-        wide = nets.pivot(index="net_seed", columns="quantity", values="value")
-        points: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k], "color": f"C{k}"}
-        axis.plot(wide["backward_rate"], wide["forward_rate"], alpha=0.6, label=f"{activation}, σw²={weight_var:g}", **points)
-        chi = np.log(mean_field.chi(activation, weight_var, bias_var))
-        axis.axvline(chi, color=f"C{k}", linewidth=0.8, linestyle=":")
-    ends = [rates["value"].min(), 0]
-    axis.plot(ends, ends, color="k", linewidth=0.7)
-    axis.set(xlabel="rate of ‖g_l‖² (nats a layer)", ylabel="rate of 1 − c_l (nats a layer)")
-    title(axis, "one rate? dotted: ln χ")
-    axis.legend(loc="lower right")
+def _dimensions(axis: Axes, rows: pd.DataFrame) -> None:
+    _along(axis, rows, "participation", lambda profile: profile)
+    _ranks(axis, rows, "state_rank")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylabel("directions of the states")
+    title(axis, "participation ratio; markers: rank")
+
+
+def _severities(axis: Axes, rows: pd.DataFrame) -> None:
+    _along(axis, rows, "severity", lambda profile: -np.log10(1 - profile))
+    axis.set_ylabel("1/(1 − λ_l) (decades)")
+    title(axis, "severity of the gradients")
 
 
 def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
     gains = remedy_gains(rows).query("way == @way")
-    places = {remedy: place for place, remedy in enumerate(REMEDIES)}
-    slots = [(patient, when) for patient in PATIENTS for when in ("initial", "trained")]
-    for k, (patient, when) in enumerate(slots):
-        colour, offset = f"C{k // 2}", (k - 2.5) * 0.14
-        style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": colour}
+    remedies = [remedy for remedy in REMEDIES if remedy != "plain"]
+    for k, (patient, when) in enumerate((patient, when) for patient in PATIENTS for when in MOMENTS):
         pairs = gains.query("patient == @patient and when == @when")
-        if pairs.empty:  # all diverged
+        places = {remedy: place + (k - 2.5) * 0.14 for place, remedy in enumerate(remedies)}
+        style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": f"C{k // 2}"}
+        for remedy in [remedy for remedy in remedies if remedy not in set(pairs["remedy"])]:
+            axis.plot(places[remedy], 0, color=style["color"], marker="x")
+        if pairs.empty:
             continue
-        axis.plot(pairs["remedy"].map(places) + offset, pairs["gain"], **style, alpha=0.15, markersize=2)
-        found = gain_cells(pairs).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
+        axis.plot(pairs["remedy"].map(places), pairs["value"], **style, alpha=0.15, markersize=2)
+        found = cells_by(pairs, ["remedy"], t_interval).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
         half = [found["estimate"] - found["lo"], found["hi"] - found["estimate"]]
-        style["markerfacecolor"] = colour if when == "trained" else "w"
-        label = patient if when == "initial" else None
-        axis.errorbar(found["remedy"].map(places) + offset, found["estimate"], half, **style, elinewidth=0.8, label=label)
+        style |= {"markerfacecolor": style["color"] if when == "trained" else "w", "label": patient if when == "initial" else None}
+        axis.errorbar(found["remedy"].map(places), found["estimate"], half, **style, elinewidth=0.8)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(REMEDIES)), list(REMEDIES.values()))
-    axis.set(xlabel="remedy (open: before training, full: after)", ylabel="gain over plain (decades)")
+    axis.set_xticks(range(len(remedies)), [REMEDIES[remedy] for remedy in remedies])
+    axis.set(xlabel="open: before training, full: after, ×: all diverged", ylabel="gain over plain (decades)")
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom=bottom - 0.2 * (top - bottom))
-    if axis.get_legend_handles_labels()[0]:  # none where every training diverged
-        axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)
+    axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)

@@ -1,100 +1,124 @@
 """Figure and table of information_bottleneck: rank and energy of the error signals before a code, and accuracy, against its width."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.information_bottleneck import BELOW, INITS, NETS
-from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from experiments.information_bottleneck import BELOW, NETS, PREDICTED
+from paper_figures.style import MARKERS, panels, t_error, title
 from src.rows import pick
 
-CODE = "code width r"
+KEYS = ["activation", "code"]
+TIMES = {"untrained": "-", "trained": ":"}
+INITS = dict(zip(PREDICTED, ("-", "--"), strict=True))
+PARTS = {"code": "-", "filter": "--"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Six panels: rank before the code and below, energy outside r directions, energy kept, accuracy with codes and with filters."""
-    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
-        for axis, layer, what in ((axes[0], BELOW, "just before the code"), (axes[1], BELOW - 1, "a layer further below")):
-            ranks = pick(rows, "signal_rank", layer=layer, when="untrained", init="gaussian")
-            _curves(axis, ranks)
-            widths = np.sort(ranks["code"].unique())
-            axis.plot(widths, widths, color="k", linewidth=0.9, label="r")
-            axis.set_yscale("log", base=2)
-            axis.set(xlabel=CODE, ylabel=f"rank of the signals g_{layer}")
-            title(axis, what)
-            axis.legend()
-        _outside(axes[2], rows)
-        _energy(axes[3], rows)
-        for axis, part, what in ((axes[4], "code", "trained with a code"), (axes[5], "filter", "gradient filtered, state whole")):
-            _curves(axis, pick(rows, "test_accuracy", part=part))
-            axis.axvline(rows["classes"].max() - 1, color="0.3", linewidth=0.8, linestyle=":")
-            axis.set(xlabel=CODE if part == "code" else "directions r that pass", ylabel="test accuracy", ylim=(0, 1))
-            title(axis, what)
-            axis.legend(loc="lower right")
+    """Six panels: rank before the code and below, energy outside r directions, energy untrained and trained, accuracy."""
+    with panels(rows, count=6, columns=3, height=2.4) as (figure, axes):
+        _ranks(axes[0], rows, BELOW, "rank before the code")
+        _ranks(axes[1], rows, BELOW - 1, "rank one layer below")
+        _leak(axes[2], rows)
+        _energy(axes[3], rows, "untrained")
+        _energy(axes[4], rows, "trained")
+        _accuracy(axes[5], rows)
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rank just before the code and a layer below, energy kept, and accuracy with code and with filter, mean over seeds."""
-    lines = []
-    trained = rows[rows["when"] == "trained"]
-    untrained = rows[(rows["when"] == "untrained") & (rows["init"] == "gaussian")]
-    for (activation, code), nets in untrained.groupby(["activation", "code"]):
-        after = trained[(trained["activation"] == activation) & (trained["code"] == code)]
-        lines.append(
-            {
-                "activation": activation,
-                "r": int(code),
-                **{f"rank g_{layer}": pick(nets, "signal_rank", layer=layer)["value"].mean() for layer in (BELOW, BELOW - 1)},
-                **{f"rank g_{layer} trained": pick(after, "signal_rank", layer=layer)["value"].mean() for layer in (BELOW, BELOW - 1)},
-                "energy kept": pick(nets, "energy_kept")["value"].mean(),
-                "energy kept trained": pick(after, "energy_kept")["value"].mean(),
-                "test accuracy, code": pick(after, "test_accuracy", part="code")["value"].mean(),
-                "test accuracy, filter": pick(after, "test_accuracy", part="filter")["value"].mean(),
-                "seeds": pick(after, "test_accuracy", part="code")["net_seed"].nunique(),
-            }
-        )
-    return pd.DataFrame(lines)
+    """Gaussian codes: ranks, energy outside r directions, energy over that at r = d; accuracy with code and filter. Means over seeds."""
+    columns = {}
+    for when in TIMES:
+        nets = rows[(rows["when"] == when) & (rows["init"] == "gaussian")]
+        for layer in (BELOW, BELOW - 1):
+            columns[f"rank g_{layer}, {when}"] = _mean(pick(nets, "signal_rank", layer=layer))
+        columns[f"outside, {when}"] = _mean(pick(nets, "outside", layer=BELOW - 1))
+        columns[f"energy, {when}"] = _mean(_relative_energy(nets))
+    columns |= {f"test accuracy, {part}": _mean(pick(rows, "test_accuracy", part=part)) for part in PARTS}
+    return pd.DataFrame(columns).rename_axis(["activation", "r"]).reset_index()
 
 
-def _curves(axis: Axes, values: pd.DataFrame) -> None:
-    """A line an activation with its 95% t-interval, and every seed as a point."""
+def _mean(values: pd.DataFrame) -> pd.Series:
+    return values.groupby(KEYS)["value"].mean()
+
+
+def _relative_energy(rows: pd.DataFrame) -> pd.DataFrame:
+    """The energy that arrives before each code in units of the mean before one as wide as the net."""
+    kept = pick(rows, "energy_kept")
+    wide = kept[kept["code"] == kept["width"]].groupby(["init", "activation"])["value"].mean()
+    return kept.assign(value=kept["value"] / wide.loc[pd.MultiIndex.from_frame(kept[["init", "activation"]])].to_numpy())
+
+
+def _ranks(axis: Axes, rows: pd.DataFrame, layer: int, what: str) -> None:
+    """The rank of the signals at initialisation, with r and C − 1."""
+    ranks = pick(rows, "signal_rank", layer=layer, when="untrained", init="gaussian")
+    _curves(axis, ranks)
+    ends = [ranks["code"].min(), ranks["code"].max()]
+    axis.plot(ends, ends, color="k", linewidth=0.7, zorder=0)
+    axis.axhline(ranks["classes"].max() - 1, color="k", linewidth=0.7, linestyle=":", zorder=0)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylabel(f"rank of the signals $g_{layer}$")
+    title(axis, what)
+    colours = [_line(activation, color=f"C{k}") for k, activation in enumerate(NETS)]
+    axis.legend(handles=[*colours, *_dashes({"r": "-", "C−1": ":"}, linewidth=0.7)])
+
+
+def _leak(axis: Axes, rows: pd.DataFrame) -> None:
+    leak = pick(rows[rows["code"] < rows["width"]], "outside", layer=BELOW - 1, init="gaussian")
+    for when, dash in TIMES.items():
+        _curves(axis, leak[leak["when"] == when], dash)
+    axis.set(ylabel=f"energy of $g_{BELOW - 1}$ outside r directions", ylim=(-0.02, None))
+    title(axis, "leak one layer below")
+    axis.legend(handles=_dashes(TIMES))
+
+
+def _energy(axis: Axes, rows: pd.DataFrame, when: str) -> None:
+    """The energy that arrives before the code, with what is predicted of random codes."""
+    energy = _relative_energy(rows[rows["when"] == when])
+    inits = {init: dash for init, dash in INITS.items() if init in set(energy["init"])}
+    widths = np.sort(energy["code"].unique())
+    for init, dash in inits.items():
+        _curves(axis, energy[energy["init"] == init], dash)
+        axis.plot(widths, [PREDICTED[init](width / widths[-1]) for width in widths], color="k", linewidth=0.7, zorder=0)
+    axis.set_yscale("log")
+    axis.set_ylabel(f"energy of $g_{BELOW}$, over that at r = d")
+    title(axis, f"energy arriving, {when}")
+    axis.legend(handles=_dashes(inits))
+
+
+def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
+    for part, dash in PARTS.items():
+        _curves(axis, pick(rows, "test_accuracy", part=part), dash)
+    axis.axvline(rows["classes"].max() - 1, color="k", linewidth=0.7, linestyle=":", zorder=0)
+    axis.set(ylabel="test accuracy", ylim=(0, 1), xlabel="r: units of code, directions of filter")
+    title(axis, "a code, or a gradient filter")
+    axis.legend(handles=_dashes(PARTS), loc="lower right")
+
+
+def _curves(axis: Axes, values: pd.DataFrame, dash: str = "-") -> None:
+    """A line an activation, means over seeds, with its 95% t-interval; a point a seed."""
+    # logarithmic from 1 on, with room for a filter to no direction
+    axis.set_xscale("symlog", base=2, linthresh=1)
     for k, activation in enumerate(NETS):
         nets = values[values["activation"] == activation]
-        axis.plot(nets["code"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.3, markersize=3)
-        sns.lineplot(nets, x="code", y="value", ax=axis, color=f"C{k}", linestyle=DASHES[k], errorbar=t_error, label=activation)
-    axis.set_xscale("log", base=2)
+        axis.plot(nets["code"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.15, markersize=2)
+        sns.lineplot(nets, x="code", y="value", ax=axis, color=f"C{k}", linestyle=dash, errorbar=t_error)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("code width r")
 
 
-def _outside(axis: Axes, rows: pd.DataFrame) -> None:
-    shares = pick(rows, "outside", layer=BELOW - 1, init="gaussian").query("code < width")
-    for k, activation in enumerate(NETS):
-        for when, dash in (("untrained", "-"), ("trained", ":")):
-            nets = shares[(shares["activation"] == activation) & (shares["when"] == when)]
-            mean = nets.groupby("code")["value"].mean()
-            axis.plot(mean.index, mean, dash, color=f"C{k}", label=activation if when == "untrained" else None)
-            axis.plot(nets["code"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.3, markersize=3)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel=CODE, ylabel=f"energy of g_{BELOW - 1} outside r directions")
-    title(axis, "leak; dotted: trained")
-    axis.legend()
+def _dashes(names: dict[str, str], linewidth: float = 1.2) -> list[Line2D]:
+    """What the dashes stand for."""
+    return [_line(name, color="k", linestyle=dash, linewidth=linewidth) for name, dash in names.items()]
 
 
-def _energy(axis: Axes, rows: pd.DataFrame) -> None:
-    kept = pick(rows, "energy_kept", when="untrained")
-    widest = kept["code"].max()
-    for k, activation in enumerate(NETS):
-        for init, dash in zip(INITS, DASHES, strict=False):
-            nets = kept[(kept["activation"] == activation) & (kept["init"] == init)]
-            mean = nets.groupby("code")["value"].mean()
-            axis.plot(mean.index, mean / mean[widest], linestyle=dash, color=f"C{k}", marker=MARKERS[k], markersize=3)
-    widths = np.sort(kept["code"].unique())
-    axis.plot(widths, widths / widest, color="k", linewidth=0.7, label="r/d: orthogonal (dashed)")
-    axis.plot(widths, np.ones_like(widths), color="k", linewidth=0.7, linestyle=":", label="1: Gaussian (solid)")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set(xlabel=CODE, ylabel="energy kept, over r = d")
-    title(axis, "untrained; colours as a")
-    axis.legend(loc="lower right")
+def _line(name: str, **style: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=name, **style)

@@ -1,106 +1,120 @@
-"""Figure and table of rank_bottleneck: the five-layer example, ranks against bottleneck and batch, computed ranks, updates."""
+"""Figure and table of rank_bottleneck: ranks by layer before and during training, against r and N, updates outside, computed ranks."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.rank_bottleneck import EXAMPLE, MODES, NETS
+from experiments.rank_bottleneck import EXAMPLE, EXAMPLE_BATCH, MODES, NETS, SETTING, SOURCES, UNTRAINED, span
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
 
 ROUNDING = 1e-32  # what a share of exactly 0 is drawn at
-NUDGE = {"linear": -0.15, "relu": 0.0, "tanh": 0.15}
+PLACE, RANK = EXAMPLE["place"], EXAMPLE["rank"]
+# the nets often coincide: ReLU a broad pale line, the others narrow on it
+BREADTH = {"linear": 1.2, "relu": 3.5, "tanh": 1.2}
+NUDGE = {"linear": -0.2, "relu": 0.0, "tanh": 0.2}
+COLOUR = {activation: f"C{k}" for k, activation in enumerate(NETS)}
+MARKER = dict(zip(NETS, MARKERS, strict=False))
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Six panels: the example, rank against r (Gaussian and images) and against N, computed ranks, updates outside."""
-    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
-        _example(axes[0], rows)
-        below = _below(rows)
-        _against(axes[1], below.query("source == 'gaussian' and batch == batch.max()"), "rank", "Gaussian, 64 classes")
-        _against(axes[2], below.query("source == 'images' and batch == batch.max()"), "rank", "images")
-        _against(axes[3], below.query("source == 'gaussian' and rank == @EXAMPLE['rank']"), "batch", f"Gaussian, r = {EXAMPLE['rank']}")
-        _precision(axes[4], rows)
-        _outside(axes[5], rows)
+    """Six panels: rank ∇W_l by layer at initialisation and during training, rank ∇W_1 against r and N, updates outside, computed ranks."""
+    ranks = pick(rows, "gradient_rank", part="ranks")
+    training, lowest = ranks[ranks["steps"] > 0], ranks[(ranks["steps"] == 0) & (ranks["layer"] == 1) & (ranks["place"] == PLACE)]
+    with panels(rows, count=6, columns=3, height=2.5) as (figure, axes):
+        _by_layer(axes[0], pick(rows, "gradient_rank", part="example"), f"start: Gaussian, 64 classes, N={EXAMPLE_BATCH}")
+        axes[0].legend(loc="center right", bbox_to_anchor=(1, 0.55))
+        _by_layer(axes[1], training, f"steps 1–{training['steps'].max():.0f}: images, N={training['batch'].max():.0f}")
+        _against(axes[2], lowest[lowest["batch"] == lowest["batch"].max()], "rank", f"start: below $W_3$, N={lowest['batch'].max():.0f}")
+        axes[2].set_xlabel("rank r of $W_3$")
+        _key(axes[2], zip(("Gaussian, 64 classes", "images"), DASHES, strict=False), loc="upper left", bbox_to_anchor=(0, 0.92))
+        _against(axes[3], lowest[lowest["rank"] == RANK], "batch", f"start: below $W_3$ of rank {RANK}")
+        axes[3].set_xlabel("batch size N")
+        _outside(axes[4], rows)
+        _key(axes[4], zip(MODES, DASHES, strict=False), loc="center right", bbox_to_anchor=(1, 0.5), title="trained")
+        _precision(axes[5], rows)
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The ranks of ∇W_1 … ∇W_5 around a bottleneck at layer 3 over the largest batch, least–greatest over the draws."""
-    ranks = pick(rows, "gradient_rank", place=EXAMPLE["place"])
-    ranks = ranks[ranks["batch"] == ranks.groupby("part")["batch"].transform("max")]
+    """The ranks of ∇W_1 … ∇W_5 over the largest batch, least–greatest over the draws, and the largest tolerance.
+
+    In the example, around a bottleneck of every rank at layer 3 and of rank 4 at every layer, and at the end of training.
+    """
+    found = rows[rows["quantity"].isin(["gradient_rank", "gradient_tolerance"])].fillna(UNTRAINED)
+    shown = (found["place"] == PLACE) | (found["rank"] == RANK)
+    shown &= found["steps"].isin([0, found["steps"].max()]) & (found["batch"] == found.groupby("part")["batch"].transform("max"))
     lines = []
-    for (part, source, activation, rank), nets in ranks.groupby(["part", "source", "activation", "rank"]):
-        at = {"inputs": source if part == "neighbours" else "example", "activation": activation, "r": int(rank)}
-        layers = {f"∇W_{layer}": f"{least:g}–{most:g}" if least < most else f"{most:g}" for layer, least, most in _range(nets)}
-        lines.append({**at, "N": int(nets["batch"].iloc[0]), **layers, "nets": nets["net_seed"].nunique()})
-    return pd.DataFrame(lines)
+    for (part, *at), nets in found[shown].groupby(["part", *SETTING]):
+        ranks = pick(nets, "gradient_rank")
+        layers = {f"∇W_{layer:.0f}": span(values) for layer, values in ranks.groupby("layer")["value"]}
+        measured = {"tolerance": pick(nets, "gradient_tolerance")["value"].max(), "nets": ranks["net_seed"].nunique()}
+        lines.append({"part": part, **dict(zip(SETTING, at, strict=True)), "batch": ranks["batch"].iloc[0], **layers, **measured})
+    return pd.DataFrame(lines).astype(dict.fromkeys(["place", "rank", "steps", "batch"], int))
 
 
-def _range(nets: pd.DataFrame) -> list[tuple[int, float, float]]:
-    return [(int(layer), values.min(), values.max()) for layer, values in nets.groupby("layer")["value"]]
-
-
-def _example(axis: Axes, rows: pd.DataFrame) -> None:
-    ranks = pick(rows, "gradient_rank", part="example")
-    for k, activation in enumerate(NETS):
-        nets = ranks[ranks["activation"] == activation]
+def _by_layer(axis: Axes, ranks: pd.DataFrame, what: str) -> None:
+    """Rank ∇W_l of every net, each at the side of its layer."""
+    for activation, nets in ranks.groupby("activation"):
         place = nets["layer"] + NUDGE[activation]
-        axis.plot(place, nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=activation)
-    axis.axhline(EXAMPLE["rank"], color="k", linewidth=0.9, linestyle="--")
-    axis.annotate("as stated: rank J_3 = 4", (5.2, EXAMPLE["rank"]), xytext=(0, 3), textcoords="offset points", fontsize=6.5, ha="right")
-    axis.set(xlabel="layer l", ylabel="rank ∇W_l", ylim=(0, 70))
-    title(axis, f"W_3 of rank 4, N = {EXAMPLE['batch']}")
-    axis.legend(loc="center right", bbox_to_anchor=(1, 0.4))
-
-
-def _below(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rank of ∇W_1 below a bottleneck at layer 3."""
-    return pick(rows, "gradient_rank", part="neighbours", layer=1, place=EXAMPLE["place"])
+        axis.plot(place, nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.5, label=activation)
+    axis.axhline(RANK, color="k", linewidth=0.9, linestyle="--")
+    axis.axvspan(PLACE - 0.4, PLACE + 0.4, color="0.92", zorder=0)
+    axis.annotate(f"$W_{PLACE}$: rank {RANK}", (PLACE, 33), fontsize=6.5, ha="center", rotation=90)
+    axis.annotate(f"as stated: ≤ {RANK}", (0.65, RANK + 2), fontsize=6.5)
+    axis.set(xlabel="layer l", ylabel=r"rank $\nabla W_l$", ylim=(0, 70), xticks=range(1, 6))
+    title(axis, what)
 
 
 def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
-    for k, activation in enumerate(NETS):
-        nets = ranks[ranks["activation"] == activation]
-        axis.plot(nets[column], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
-        sns.lineplot(nets, x=column, y="value", ax=axis, color=f"C{k}", linestyle=DASHES[k], errorbar=None, label=activation)
-    line = ranks.groupby(column, as_index=False).agg(bound=("rank", "first"))
-    axis.plot(line[column], line["bound"], color="k", linewidth=0.9, label="r")
+    """Rank ∇W_1 of every net against r or N, its mean a line; images dashed, the bound as stated black."""
+    dashes = dict(zip(SOURCES, DASHES, strict=False))
+    for (activation, source), nets in ranks.groupby(["activation", "source"]):
+        axis.plot(nets[column], nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.4, markersize=3)
+        mean = nets.groupby(column)["value"].mean()
+        axis.plot(mean.index, mean, dashes[source], color=COLOUR[activation], linewidth=BREADTH[activation], alpha=0.7)
+    bound = ranks.groupby(column)["rank"].first()
+    axis.plot(bound.index, bound, color="k", linewidth=0.9, label="as stated: ≤ r")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
-    axis.set_ylim(0.8, 160)
-    largest = f", N = {ranks['batch'].max():.0f}" if column == "rank" else ""
-    axis.set(xlabel="rank r of W_3" if column == "rank" else "batch size N", ylabel="rank ∇W_1")
-    title(axis, what + largest)
-    axis.legend(loc="upper left", ncols=2, handlelength=1.8, columnspacing=0.8)
+    axis.set_ylabel(r"rank $\nabla W_1$")
+    title(axis, what)
+
+
+def _outside(axis: Axes, rows: pd.DataFrame) -> None:
+    """The share of every net's update of W_1 outside; its geometric mean a line."""
+    shares = pick(rows, "outside", layer=1)
+    dashes = dict(zip(MODES, DASHES, strict=False))
+    for (activation, mode), nets in shares.groupby(["activation", "trained"]):
+        values = nets["value"].clip(lower=ROUNDING)
+        mean = np.exp(np.log(values).groupby(nets["steps"]).mean())
+        axis.plot(nets["steps"], values, ".", color=COLOUR[activation], alpha=0.3, markersize=2)
+        axis.plot(mean.index, mean, dashes[mode], color=COLOUR[activation])
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="training step", ylabel=r"share of $\Delta W_1$ in frozen directions", ylim=(1e-34, 1e3))
+    axis.set_yscale("log")
+    title(axis, "updates below $W_3$")
+
+
+def _key(axis: Axes, styles: Iterable[tuple[str, Any]], **legend: Any) -> None:
+    """What the dashes stand for, and what has a label; the colours are those of the first panel."""
+    handles = [Line2D([], [], color="0.3", linestyle=dash, label=style) for style, dash in styles]
+    axis.legend(handles=[*handles, *axis.get_legend_handles_labels()[0]], **legend)
 
 
 def _precision(axis: Axes, rows: pd.DataFrame) -> None:
     exact = pick(rows, "exact_rank").assign(precision="exact")
-    for k, (label, ranks) in enumerate(pd.concat([exact, pick(rows, "product_rank")]).groupby("precision")):
-        axis.plot(ranks["depth"], ranks["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.3, markersize=3)
+    computed = pick(rows, "product_rank")
+    for k, (label, ranks) in enumerate(pd.concat([exact, computed]).groupby("precision")):
+        axis.plot(ranks["depth"], ranks["value"], MARKERS[k], color=f"C{k + 3}", alpha=0.15, markersize=3)
         mean = ranks.groupby("depth")["value"].mean()
-        axis.plot(mean.index, mean, DASHES[k], color=f"C{k}", label=str(label))
+        axis.plot(mean.index, mean, DASHES[k], color=f"C{k + 3}", label=str(label))
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="depth L (weight layers)", ylabel="rank ∂H_L/∂H_0", ylim=(0, None))
+    axis.set(xlabel="depth L (weight layers)", ylabel=r"rank $\partial H_L/\partial H_0$, one sample", ylim=(0, None))
     title(axis, "ReLU, no bottleneck")
     axis.legend()
-
-
-def _outside(axis: Axes, rows: pd.DataFrame) -> None:
-    shares = pick(rows, "outside", part="training", layer=1)
-    for k, activation in enumerate(NETS):
-        for dash, mode in zip(DASHES, MODES, strict=False):
-            nets = shares[(shares["activation"] == activation) & (shares["mode"] == mode)]
-            mean = np.log(nets["value"].clip(lower=ROUNDING)).groupby(nets["steps"]).mean()
-            axis.plot(mean.index, np.exp(mean), linestyle=dash, color=f"C{k}", label=mode if activation == "linear" else None)
-            axis.plot(
-                nets["steps"], nets["value"].clip(lower=ROUNDING), linestyle="none", marker=".", color=f"C{k}", alpha=0.3, markersize=2
-            )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set(xlabel="training step", ylabel="share of ΔW_1 outside", ylim=(1e-34, 1e3))
-    title(axis, "updates outside; colours as a")
-    axis.legend(title="trained", loc="center left", bbox_to_anchor=(0, 0.55), handlelength=2)

@@ -6,6 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.residual_unlock import TABLE_6
 from paper_figures.style import DASHES, MARKERS, panels, t_error, title
 from src.rows import pick
 
@@ -25,26 +26,28 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy and end-to-end gradient of the three chains at every trained depth, mean over seeds."""
-    training = rows[rows["part"] == "training"]
+    """Accuracy and end-to-end gradient of the chains at every trained depth, mean over seeds; where they were trained, CIFAR nets too."""
+    trained = rows[rows["part"].isin(["training", "published"])]
     lines = []
-    for (depth, skip), nets in training.groupby(["depth", "skip"]):
+    for (part, depth, skip), nets in trained.groupby(["part", "depth", "skip"]):
         flows = pick(nets, "flow").groupby("when")["value"].mean()
         test = pick(nets, "test_accuracy")["value"]
-        lines.append(
-            {
-                "depth": int(depth),
-                "chain": NAMES[str(skip)],
-                "test accuracy": test.mean(),
-                "least": test.min(),
-                "greatest": test.max(),
-                "train accuracy": pick(nets, "train_accuracy")["value"].mean(),
-                "ln ‖g_1‖/‖g_{L−1}‖ initial": flows.get("initial", np.nan),
-                "trained": flows.get("trained", np.nan),
-                "diverged": int(pick(nets, "diverged")["value"].sum()),
-                "seeds": len(test),
-            }
-        )
+        line = {
+            "depth": int(depth),
+            "chain": NAMES[str(skip)],
+            "test accuracy": test.mean(),
+            "least": test.min(),
+            "greatest": test.max(),
+            "train accuracy": pick(nets, "train_accuracy")["value"].mean(),
+            "ln ‖g_1‖/‖g_{L−1}‖ initial": flows.get("initial", np.nan),
+            "trained": flows.get("trained", np.nan),
+            "diverged": int(pick(nets, "diverged")["value"].sum()),
+            "seeds": len(test),
+        }
+        if part == "published":
+            published = 1 - TABLE_6[depth] / 100 if skip == "original" else np.nan
+            line |= {"chain": f"CIFAR net, {NAMES[str(skip)]}", "published accuracy": published}
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

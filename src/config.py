@@ -183,6 +183,8 @@ class Grid:
     places: Depths = UNSET  # l of the layer that is the bottleneck
     bottleneck_ranks: Counts = UNSET  # of that layer
     code_widths: Counts = UNSET  # units of the code
+    rates: Annotated[list[Positive], Field(min_length=1)] = UNSET  # learning rates that one is chosen from, in units of training.lr
+    published_depths: list[Depth] = UNSET  # of the nets trained to a published accuracy; none where they are not trained
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,21 +1,36 @@
 """Which columns of a table foretell another: rank correlations, and the prediction of groups that were left out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
-from src.statistics import Estimate, jackknife, spearman
+from src.statistics import Estimate, jackknife
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's ρ; 0 where all x or all y are equal, and so order nothing. Ties share their mean rank, infinities are the extremes."""
+    a, b = (rankdata(values) - (np.size(values) + 1) / 2 for values in (x, y))
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / scale, -1, 1)) if scale else 0.0
 
 
 def association(x: ArrayLike, y: ArrayLike) -> Estimate:
-    """Spearman's ρ; exactly 0 where all x or all y are equal, and so order nothing."""
-    x, y = np.asarray(x), np.asarray(y)
-    if (x == x[0]).all() or (y == y[0]).all():
-        return Estimate(0.0, 0.0, 0.0, len(x), "constant")
-    return spearman(x, y)
+    """Spearman's ρ in the jackknife's interval, cut to [−1, 1].
+
+    Intervals from normal theory (Bonett & Wright 2000) cover too little where y depends on x but does not rise with it, as on a product
+    whose best value lies between its extremes: about 88% in place of 95%.
+
+    Args:
+        x: n independent draws.
+        y: as many, of the same draws.
+    """
+    found = jackknife(lambda draws: rank_correlation(*draws.T), np.column_stack([x, y]))
+    return replace(found, lo=max(found.lo, -1.0), hi=min(found.hi, 1.0))
 
 
 def association_gain(better: ArrayLike, worse: ArrayLike, target: ArrayLike) -> Estimate:
@@ -23,7 +38,7 @@ def association_gain(better: ArrayLike, worse: ArrayLike, target: ArrayLike) -> 
 
     def gain(draws: np.ndarray) -> float:
         first, second, reached = draws.T
-        return association(first, reached).value - association(second, reached).value
+        return rank_correlation(first, reached) - rank_correlation(second, reached)
 
     return jackknife(gain, np.column_stack([better, worse, target]))
 
@@ -61,7 +76,7 @@ def _choose(folds: Sequence[tuple[pd.DataFrame, pd.DataFrame]], columns: Sequenc
     """Forward selection: add the column that predicts the groups left out best, while it predicts them better."""
 
     def score(chosen: Sequence[str]) -> float:
-        return float(np.mean([association(_predict(known, wanted, chosen, target), wanted[target]).value for known, wanted in folds]))
+        return float(np.mean([rank_correlation(_predict(known, wanted, chosen, target), wanted[target]) for known, wanted in folds]))
 
     chosen, best = list[str](), -np.inf
     while rest := [column for column in columns if column not in chosen]:

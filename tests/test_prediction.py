@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from src.prediction import _percentiles, association, association_gain, predict_left_out
+from src.prediction import _percentiles, association, association_gain, predict_left_out, rank_correlation
 from src.statistics import spearman
 
 GROUPS = ("p", "q", "r")
@@ -22,7 +23,33 @@ def within(predicted: pd.DataFrame) -> list[float]:
 
 def test_what_is_constant_orders_nothing() -> None:
     assert (association([1, 1, 1], [1, 2, 3]).value, association([1, 2, 3], [np.inf] * 3).value) == (0, 0)
-    assert association([1, 2, 3, 3], [1, 2, 4, 3]) == spearman([1, 2, 3, 3], [1, 2, 4, 3])
+    same = association([1, 1, 1], [1, 2, 3])
+    assert (same.lo, same.hi) == (0, 0)
+
+
+def test_rank_correlations_are_scipys_with_ties_and_infinities() -> None:
+    x, y = table(n=20)["a"].round(), table(n=20)["b"].round(1).where(lambda b: b < 1, np.inf)
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+    assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
+
+
+def test_intervals_stay_between_minus_one_and_one() -> None:
+    x = np.arange(5.0)
+    assert (association(x, x).lo, association(x, x).hi) == (1, 1)
+    nearly = association(x, [0, 2, 1, 3, 4])
+    assert nearly.lo < nearly.value < nearly.hi == 1
+
+
+def test_intervals_cover_where_the_relation_does_not_rise() -> None:
+    """y is largest in the middle of x, ρ = 0: normal theory's intervals hold it in 88% of the draws."""
+    rng, hits = np.random.default_rng(0), {"jackknife": 0, "normal theory": 0}
+    for _ in range(200):
+        x = rng.normal(size=40)
+        y = 0.3 * rng.normal(size=40) - np.abs(x)
+        for name, estimate in (("jackknife", association(x, y)), ("normal theory", spearman(x, y))):
+            hits[name] += estimate.lo <= 0 <= estimate.hi
+    assert hits["jackknife"] >= 0.92 * 200
+    assert hits["normal theory"] < 0.92 * 200
 
 
 def test_a_gain_is_a_difference_of_correlations_and_changes_sign() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from src.chain import Chain, cut
 from src.jacobian.materialised import layer_jacobian
+from src.spectrum import spectrum
 
 
 def normalisation_jacobian(norm: nn.BatchNorm1d | nn.LayerNorm, values: Float[Tensor, "g n"]) -> Float[Tensor, "g n g n"]:
@@ -38,6 +39,42 @@ def closed_form(values: Float[Tensor, "g n"], gains: Float[Tensor, " g"], eps: f
     normalised = (values - values.mean(1, keepdim=True)) / sigma.unsqueeze(1)
     identity = torch.eye(n, dtype=values.dtype, device=values.device)
     return (gains / sigma).reshape(-1, 1, 1) * (identity - 1 / n - normalised.unsqueeze(2) * normalised.unsqueeze(1) / n)
+
+
+def closed_form_errors(
+    J: Float[Tensor, "g n g n"], values: Float[Tensor, "g n"], gains: Float[Tensor, " g"], eps: float
+) -> dict[str, float]:
+    """How far a normalisation's Jacobian is from its closed form, from its norm, and from what that form says of its singular values.
+
+    Args:
+        J: as written out by `normalisation_jacobian`.
+        values: what is normalised.
+        gains: γ of each group.
+        eps: ε.
+
+    Returns: operator_norm = ‖J‖; norm_error = |‖J‖ / max(|γ|/σ) − 1|; form_error, the largest entry of J minus the closed form over
+        max(|γ|/σ); of the worst group, over |γ|/σ: spectrum_error, the largest error of a singular value against 1 (N−2 times), ε/σ² and 0,
+        and direction_error, the greater of ‖J1‖/‖1‖ and ‖Jx̂ − (ε/σ²)(γ/σ)x̂‖/‖x̂‖.
+    """
+    groups, n = values.shape
+    sigma, each = deviation(values, eps), torch.arange(groups)
+    share, scales = eps / sigma.square(), gains / sigma
+    form = torch.zeros_like(J)
+    form[each, :, each] = closed_form(values, gains, eps)
+    relative = J[each, :, each] / scales.reshape(-1, 1, 1)
+    centred = values - values.mean(1, keepdim=True)
+    directions = torch.stack([torch.ones_like(values), centred], 2)
+    images = torch.stack([torch.zeros_like(values), share.unsqueeze(1) * centred], 2)
+    predicted = torch.ones_like(values)
+    predicted[:, -2], predicted[:, -1] = share, 0
+    norm, greatest = spectrum(J.reshape(groups * n, -1)).norm, scales.abs().max()
+    return {
+        "operator_norm": float(norm),
+        "norm_error": float((norm / greatest - 1).abs()),
+        "form_error": float((J - form).abs().max() / greatest),
+        "spectrum_error": float((spectrum(relative).values - predicted).abs().max()),
+        "direction_error": float(((relative @ directions - images).norm(dim=1) / directions.norm(dim=1)).max()),
+    }
 
 
 def deviation(values: Float[Tensor, "g n"], eps: float) -> Float[Tensor, " g"]:
@@ -71,11 +108,16 @@ def normalisation_norms(chain: Chain, inputs: Float[Tensor, "n ..."]) -> list[fl
 
 
 def batch_norm_growth(batch: float | int) -> float:
-    """Growth of ‖g‖² a layer through BatchNorm over N images and ReLU in a wide deep net: ((N−1+J₀)/(1−J₁) − 1)/(N−3).
+    """Growth of ‖g‖² a layer through W, BatchNorm over N images and ReLU in a wide deep net: ((N−1+J₀)/(1−J₁) − 1)/(N−3).
+
+    In the mean field of Yang et al. 2019 the images of a deep batch are equally correlated: BatchNorm's outputs are √N u with u uniform
+    on the unit sphere across 1, Nσ² = σw²(1−J₁)/2 · χ²_{N−1} is independent of u, and gradients are isotropic across 1. From there the
+    growth is σw² E[1/σ²] E[tr CDC(C − uuᵀ)CD]/(N−1) with C = I − 11ᵀ/N and D = diag(u > 0), where
+
+        E[1/σ²] = 2N/(σw²(1−J₁)(N−3)),  E tr CDCD = (N−1)(N−1+J₀)/2N  and  E‖CDu‖² = (N−1)(1−J₁)/2N.
 
     J₀(c) = (π − arccos c)/π and J₁(c) = (√(1−c²) + (π − arccos c)c)/π are the arc-cosine kernels (Cho & Saul 2009) at c = −1/(N−1), the
-    correlation of the entries of a random direction across 1; 1/(N−3) is the mean of 1/χ² at N−1 degrees of freedom. The mean field of
-    Yang et al. 2019, in which the images of a deep batch are equally correlated.
+    correlation of two entries of u. The limit, π/(π−1), is the one that Yang et al. give.
 
     Args:
         batch: N > 3; π/(π−1) as N → ∞.

@@ -1,5 +1,6 @@
 """Bottlenecks in a chain: a dense layer of low rank, a code narrower than its neighbours, and a filter on the gradient alone."""
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -58,7 +59,7 @@ def with_code(chain: nn.Sequential, name: str, width: int, layers: Layers) -> nn
 
     Args:
         chain: f_1 … f_L; its stages are used, and the named one is changed.
-        name: of a stage with one dense layer.
+        name: of a stage with one dense layer, on a vector a sample.
         width: r.
         layers: draws V, b and the weights that read the code, from a generator of their own.
 
@@ -81,22 +82,23 @@ def before(chain: nn.Sequential, name: str, added: str, part: nn.Module) -> nn.S
 
 
 class GradientFilter(nn.Module):
-    """The identity forwards, g ↦ P g backwards, P the projection onto `rank` random directions.
+    """The identity forwards, g ↦ √(d/r) QQᵀg backwards, Q an orthonormal basis of `rank` random directions: E‖g‖² stays as it is.
 
     Args:
         width: d.
-        rank: r ≤ d.
+        rank: r, 0 to d; to no direction the gradient is 0.
         generator: draws the directions, on the CPU.
     """
 
-    projection: Tensor
+    directions: Float[Tensor, "d r"]
 
     def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         Q, _ = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))
-        self.register_buffer("projection", (Q @ Q.T).float())
+        self.register_buffer("directions", Q.float())
+        self.gain = math.sqrt(width / max(rank, 1))
 
     def forward(self, state: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """The state, its gradient filtered."""
-        passed = state @ self.projection
-        return passed + (state - passed).detach()
+        passed = self.gain * (state @ self.directions @ self.directions.T)
+        return state.detach() + (passed - passed.detach())

@@ -20,7 +20,8 @@ def standard_start(network: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def neutral_readout(network: nn.Sequential, weight_var: float) -> None:
-    """Give the dense last stage of a network drawn with some σw² the weights of σw² = 1, and no bias, in place."""
-    network[-1].get_parameter("weight").div_(weight_var**0.5)
-    network[-1].get_parameter("bias").zero_()
+def neutral_readout(network: nn.Module, weight_var: float) -> None:
+    """Give the last dense layer of a network drawn with some σw² the weights of σw² = 1, and no bias, in place."""
+    *_, readout = (module for module in network.modules() if isinstance(module, nn.Linear))
+    readout.weight.div_(weight_var**0.5)
+    readout.bias.zero_()

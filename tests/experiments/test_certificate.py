@@ -16,11 +16,13 @@ from src.errors import UserError
 from src.experiment import Context
 from src.prediction import association
 from src.rows import pick
-from src.statistics import spearman
-from tests.experiments.measured import Change, config, context, put, small_context, small_rows, verdicts
+from src.statistics import Estimate
+from tests.experiments.measured import Change, after, config, context, put, small_context, small_rows, verdicts
 
 NAME = "certificate"
 SMALL = (
+    "grid.seeds=8",
+    "grid.activations=[tanh,relu]",
     "grid.depths=[4]",
     "grid.gains=[1.0]",
     "grid.widths=[4,12]",
@@ -60,15 +62,19 @@ def by_kind(rows: pd.DataFrame) -> np.ndarray:
     return np.where(rows["kind"] == "plain", -1, 1) * rising(rows)
 
 
+BOTH = (rising, falling)
 ALL = [trained(), *(read(reading, rising) for reading in claim.READINGS)]
 LATER = [read("attenuation", rising), read("gradient_ratio", rising), read("chi", rising)]
-SAMPLE = {"kind": "plain", "activation": "tanh", "norm": "none", "width": 12, "sample": 1}
+CRITICAL = {activation: mean_field.critical_weight_var(activation, 0.0) for activation in ("tanh", "relu", "sigmoid")}
+SAMPLE = {"kind": "plain", "sample": 1}
 
 # criterion, what is changed in the measured rows, verdict
 CASES = [
     *((f"{reading}_predicts", [trained(), read(reading, rising)], "holds") for reading in claim.READINGS),
     *((f"{reading}_predicts", [trained(falling), read(reading, rising)], "refuted") for reading in claim.READINGS),
     ("rank_predicts", [trained(), put("rank", 10.0)], "refuted"),
+    *((f"{reading}_predicts_nothing", [trained(), put(claim.READINGS[reading][0], 1.0)], "holds") for reading in claim.STATED),
+    *((f"{reading}_predicts_nothing", [trained(order), read(reading, rising)], "refuted") for reading in claim.STATED for order in BOTH),
     ("better_than_depth", [*ALL, read("path_depth", falling)], "holds"),
     ("better_than_depth", [*ALL, read("skip_depth", falling)], "refuted"),
     ("gradient_better", [trained(), *LATER[1:], read("attenuation", falling)], "holds"),
@@ -82,7 +88,7 @@ CASES = [
     ("product_bound", [], "holds"),
     ("product_bound", [put("slack", -0.1, **SAMPLE)], "refuted"),
     ("enclosures", [], "holds"),
-    ("enclosures", [put("enclosure_error", 1.5, kind="plain", activation="tanh", norm="layer")], "refuted"),
+    ("enclosures", [put("enclosure_error", 1.5, kind="plain")], "refuted"),
 ]
 
 
@@ -96,20 +102,45 @@ def network(lab: Context, **changes: object) -> torch.nn.Sequential:
     return lab.network(model, 0).double()
 
 
-def test_the_zoo_has_every_setting_once() -> None:
-    for scale, least in (("smoke", 40), ("quick", 60), ("paper", 200)):
-        asked = config(NAME, f"scale={scale}")
-        models, grid = claim.zoo(asked), asked.grid
-        assert len(models) == len(set(models)) >= least
-        plain = Counter((m.family, m.skip, m.activation, m.depth) for m in models if m.family not in ("vgg", "cifar"))
-        assert len(plain) == 3 * len(grid.activations) * len(grid.depths)
-        assert set(plain.values()) == {len(grid.gains) + 2 + len(grid.widths) - 1}
-        assert {m.family for m in models if claim.kind(m) == claim.CONVOLUTIONAL} == ({"vgg", "cifar"} if grid.conv_widths else set())
+@pytest.mark.parametrize(("scale", "size"), [("smoke", 3 * 14), ("quick", 3 * 48), ("paper", 4 * 100)])
+def test_the_zoo_is_drawn_from_all_combinations_and_varies_every_axis_in_every_family(scale: str, size: int) -> None:
+    asked = config(NAME, f"scale={scale}")
+    models, grid = claim.zoo(asked), asked.grid
+    assert len(models) == len(set(models)) == size
+    assert models == claim.zoo(config(NAME, f"scale={scale}", "seed=1"))
+    kinds = Counter(map(claim.kind, models))
+    assert kinds == dict.fromkeys([*claim.KINDS.values(), *[claim.CONVOLUTIONAL] * bool(grid.conv_widths)], grid.seeds)
+    drawn = {}
+    for kind in claim.KINDS.values():
+        of_kind = [model for model in models if claim.kind(model) == kind]
+        axes = {"depth": grid.depths, "width": grid.widths, "activation": grid.activations, "norm": ("none", "batch", "layer")}
+        assert all({getattr(model, axis) for model in of_kind} == set(values) for axis, values in axes.items())
+        assert {round(model.weight_var / CRITICAL[model.activation], 6) for model in of_kind} == set(grid.gains)
+        drawn[kind] = [(m.depth, m.width, m.activation, m.norm, m.weight_var) for m in of_kind]
+    # each family has draws of its own
+    assert len(set(map(tuple, drawn.values()))) == 3
+
+
+def test_a_gain_and_a_normalisation_are_drawn_independently() -> None:
+    """Within a random zoo no axis stands for another: the rank correlations of depth, width and gain are small."""
+    models = claim.zoo(config(NAME, "scale=paper", "grid.conv_widths=[]"))
+    norms = pd.get_dummies([model.norm for model in models], dtype=float)
+    axes = norms.assign(depth=[m.depth for m in models], gain=[m.weight_var / CRITICAL[m.activation] for m in models])
+    correlations = axes[["depth", "gain"]].apply(lambda axis: [association(axis, axes[norm]).value for norm in norms], result_type="expand")
+    assert correlations.abs().max(axis=None) < 0.15
+    assert abs(association(axes["depth"], axes["gain"]).value) < 0.15
+
+
+def test_every_network_has_draws_of_its_own_and_the_same_budget(lab: Context) -> None:
+    assert pick(small_rows(NAME), "accuracy")["net_seed"].tolist() == list(range(24))
+    works = claim.plan(lab)
+    assert {(work.networks, work.steps) for work in works} == {(1, 2)}
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "linear"])
 def test_gain_one_is_critical(activation: str) -> None:
-    models = claim.zoo(config(NAME, f"grid.activations=[{activation}]", "grid.gains=[0.5,1.0,2.0]", "model.bias_var=0.05"))
+    chosen = (f"grid.activations=[{activation}]", "grid.gains=[0.5,1.0,2.0]", "model.bias_var=0.05")
+    models = claim.zoo(config(NAME, *chosen, "grid.seeds=20"))
     variances = sorted({model.weight_var for model in models})
     below, at, above = (mean_field.chi(activation, variance, 0.05) for variance in variances)
     assert below < 0.99
@@ -149,7 +180,7 @@ def test_an_orthogonal_linear_net_has_closed_forms(lab: Context) -> None:
     """Every singular value is a: Σ ln ‖J‖ = L ln a, and both ‖g_1‖/‖g_L‖ and χ make (L−1) ln a; cond is 1, rank the readout's."""
     net = network(lab, activation="linear", init="orthogonal", weight_var=0.25, depth=6)
     certificate = certify(net, *lab.samples(lab.data.test, 12))
-    batch, entry = dict(claim._of_batch(certificate)), claim.entries(certificate).groupby("quantity")["value"].median()
+    batch, entry = claim.rivals(certificate), claim.entries(certificate).groupby("quantity")["value"].median()
     assert entry.to_dict() == pytest.approx({"log_attenuation": 6 * math.log(0.5), "rank": 10, "conditioning": 1}, rel=1e-5)
     assert (batch["gradient_ratio"], batch["chi"]) == pytest.approx((5 * math.log(0.5), 5 * math.log(0.5)), rel=1e-5)
     assert (certificate.skip_depth, certificate.depth) == (5, 5)
@@ -161,7 +192,7 @@ def test_the_gradient_ratio_is_that_of_the_error_signals(lab: Context) -> None:
     net = network(lab)
     signals = lab.error_signals(net)
     inputs, targets = lab.samples(lab.data.test, lab.config.grid.samples)
-    measured = dict(claim._of_batch(certify(net, inputs, targets)))
+    measured = claim.rivals(certify(net, inputs, targets))
     assert measured["gradient_ratio"] == pytest.approx(signals[1] - signals[4], rel=1e-12)
 
 
@@ -188,7 +219,7 @@ def test_an_enclosure_that_is_too_narrow_is_found_out(lab: Context) -> None:
 
 
 def test_the_batch_has_the_median_and_the_extremes_of_its_samples() -> None:
-    rows = pick(small_rows(NAME), "log_attenuation", **{key: value for key, value in SAMPLE.items() if key != "sample"})
+    rows = pick(small_rows(NAME), "log_attenuation", net_seed=3)
     samples = pick(rows, "log_attenuation", of="sample").pivot(index="sample", columns="end", values="value")
     assert samples.shape == (4, 3)
     assert ((samples["lo"] <= samples["value"]) & (samples["value"] <= samples["hi"])).all()
@@ -219,7 +250,22 @@ def test_a_reading_that_is_the_same_for_all_predicts_nothing() -> None:
     nets = claim.networks(put("skip_depth", 1.0)(small_rows(NAME)))
     assert association(nets["skip_depth"], nets["accuracy"]).value == 0
     found = association(nets["gradient_ratio"], nets["accuracy"])
-    assert found == spearman(-pick_batch("gradient_ratio").abs(), pick_batch("accuracy"))
+    assert found == association(-pick_batch("gradient_ratio").abs(), pick_batch("accuracy"))
+
+
+def test_what_an_interval_says() -> None:
+    said = [claim.told(Estimate(0.1, lo, hi, 9, "")) for lo, hi in ((0.01, 0.2), (-0.1, 0.3), (-0.3, -0.1), (0.0, 0.0))]
+    assert said == ["predicts", "predicts nothing", "predicts the reverse", "predicts nothing"]
+    evidence = verdicts(NAME, after(small_rows(NAME), [trained(), put("rank", 10.0)]))["rank_predicts"].evidence
+    assert "told=predicts nothing" in evidence
+
+
+def test_every_reading_says_how_it_is_known() -> None:
+    known = small_rows(NAME).groupby("quantity")["known"].unique()
+    words = {reading: list(known[quantity]) for reading, (quantity, _) in claim.READINGS.items()}
+    assert all(words[name] == ["enclosed"] for name in ("attenuation", "rank", "conditioning"))
+    assert words["skip_depth"] == words["path_depth"] == ["exact"]
+    assert all(words[name] == ["estimated"] for name in ("severity", "chi", "lock_condition"))
 
 
 def pick_batch(quantity: str) -> pd.Series:

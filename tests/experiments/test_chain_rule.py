@@ -10,7 +10,8 @@ from experiments import chain_rule as claim
 from src.chain import cut
 from src.config import ModelConfig
 from src.jacobian.materialised import layer_jacobian
-from tests.experiments.measured import config, put, small_context, small_rows, verdicts
+from src.rows import pick
+from tests.experiments.measured import config, put, small_rows, verdicts
 from tests.jacobian import naive
 from tests.jacobian.networks import SMALL as STAGES
 from tests.jacobian.networks import normal, seeded, small
@@ -18,6 +19,8 @@ from tests.jacobian.networks import normal, seeded, small
 NAME = "chain_rule"
 SMALL = (
     "grid.depths=[4]",
+    "grid.activations=[tanh]",
+    "grid.certified_seeds=2",
     "grid.seeds=2",
     "grid.rate_depth=18",
     "grid.batch_sizes=[3,5]",
@@ -60,12 +63,22 @@ def test_exact_statements_come_out_on_real_rows() -> None:
     assert [found[name] for name in ("chain_rule", "operators", "gradient_chain", "order")] == ["holds_if", "holds", "refuted", "holds"]
 
 
-def test_there_are_two_hundred_random_chains_of_every_kind_at_quick() -> None:
-    chains = claim._random(config(NAME, "scale=quick"))
+@pytest.mark.parametrize("scale", ["smoke", "quick", "paper"])
+def test_there_are_two_hundred_random_chains_of_every_kind(scale: str) -> None:
+    chains = claim._random(config(NAME, f"scale={scale}"))
     assert len({(model, seed) for model, seed in chains}) == len(chains) >= 200
     assert {(model.family, model.skip, model.norm) for model, _ in chains} == set(claim.KINDS)
     assert {model.activation for model, _ in chains} == {"linear", "tanh", "sigmoid", "relu"}
     assert {model.family for model, _ in chains} == set(ModelConfig.__annotations__["family"].__args__)
+    coupled = {(model.family, model.skip) for model, _, _ in claim._coupled(config(NAME, f"scale={scale}"))}
+    assert coupled == {(family, skip) for family, skip, _ in claim.KINDS}
+
+
+def test_every_chain_has_a_gradient_and_rounds_it() -> None:
+    """A dead chain would obey every form: its errors would be exactly nothing."""
+    errors = pick(small_rows(NAME), "error")
+    assert len(pick(errors, "error", part="per sample")) == len(claim.KINDS) * 2
+    assert (errors["value"] > 0).all()
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 2])
@@ -179,9 +192,3 @@ def test_the_samples_own_loss_is_the_reference() -> None:
     network.zero_grad()
     cross_entropy(network.double()(x.double()), LABELS[:3]).backward()
     torch.testing.assert_close(mean[-1][0], torch.cat([parameter.grad.flatten() for parameter in network[0].parameters()]))
-
-
-def test_the_plan_counts_every_chain() -> None:
-    lab = small_context(NAME)
-    kinds = {work.model.family for work in claim.plan(lab)}
-    assert kinds == {"mlp", "residual_mlp", "cifar", "vgg"}

@@ -95,15 +95,15 @@ def net(lab: Context, activation: str, width: int, depth: int = 4, seed: int = 0
     return model, build(model, lab.data.shape, lab.data.classes, torch.Generator().manual_seed(seed))
 
 
-def ranks(lab: Context, network: torch.nn.Sequential, depth: int) -> pd.DataFrame:
-    return pd.DataFrame(claim._ranks(lab, network, {"depth": depth}))
+def ranks(lab: Context, network: torch.nn.Sequential) -> pd.DataFrame:
+    return pd.DataFrame(claim._ranks(lab, network, {}))
 
 
 @pytest.mark.parametrize("activation", ["linear", "tanh", "relu"])
 def test_every_rank_is_that_of_the_naive_matrix(lab: Context, activation: str) -> None:
     """∇W_l by autograd of the mean loss of the batch, N×P_l row by row, J_l of each sample."""
     _, network = net(lab, activation, 8)
-    found = ranks(lab, network, 4)
+    found = ranks(lab, network)
     inputs, targets = lab.samples(lab.data.train, 24)
     stages = list(naive.as_measured(network))
     for size in (8, 24):
@@ -130,10 +130,10 @@ def test_every_rank_is_that_of_the_naive_matrix(lab: Context, activation: str) -
 def test_the_softmax_caps_a_linear_net_at_c_minus_1_at_every_width(lab: Context) -> None:
     """Nine at width 64; a tanh net has more, and so has the linear net under a loss whose gradients do not sum to zero."""
     _, network = net(lab, "linear", 64)
-    gradients = pick(ranks(lab, network, 4), "gradient_rank", batch_size=24)
+    gradients = pick(ranks(lab, network), "gradient_rank", batch_size=24)
     assert (gradients["value"] == 9).all()
     _, nonlinear = net(lab, "tanh", 64)
-    of_tanh = pick(ranks(lab, nonlinear, 4), "gradient_rank", batch_size=24).set_index("layer")["value"]
+    of_tanh = pick(ranks(lab, nonlinear), "gradient_rank", batch_size=24).set_index("layer")["value"]
     assert of_tanh.loc[[2, 3]].tolist() == [24, 24]
     assert of_tanh.loc[4] == 9
     inputs, targets = lab.samples(lab.data.train, 24)
@@ -148,7 +148,7 @@ def test_per_sample_gradients_of_a_linear_net_have_the_rank_of_their_factors(lab
     for width, rank in ((2, 6), (4, 20), (9, 90)):
         assert claim.predicted_sample_rank(width, 200, 10) == rank
         _, network = net(lab, "linear", width)
-        found = pick(ranks(wide, network, 4), "sample_gradients_rank")
+        found = pick(ranks(wide, network), "sample_gradients_rank")
         assert found[found["layer"].isin([2, 3])]["value"].tolist() == [rank, rank]
     assert claim.predicted_sample_rank(9, 50, 10) == 50
 
@@ -156,13 +156,13 @@ def test_per_sample_gradients_of_a_linear_net_have_the_rank_of_their_factors(lab
 def test_stable_ranks_of_wide_random_jacobians(lab: Context) -> None:
     """Σσ²/σ₁² = w/4 for a square Gaussian matrix (σ₁² = 4, Marchenko & Pastur 1967); ReLU keeps half the rows: (w/2)/(1+√½)²."""
     for activation, share in (("linear", 1 / 4), ("relu", 1 / 2 / (1 + np.sqrt(0.5)) ** 2)):
-        stable = [pick(ranks(lab, net(lab, activation, 256, seed=s)[1], 4), "jacobian_stable_rank")["value"].mean() for s in range(3)]
+        stable = [pick(ranks(lab, net(lab, activation, 256, seed=s)[1]), "jacobian_stable_rank")["value"].mean() for s in range(3)]
         assert np.mean(stable) / 256 == pytest.approx(share, rel=0.06), activation
 
 
 def test_relu_leaves_half_the_rank_of_a_jacobian(lab: Context) -> None:
     for activation, share in (("linear", 1.0), ("tanh", 1.0), ("relu", 0.5)):
-        found = pick(ranks(lab, net(lab, activation, 256)[1], 4), "jacobian_rank")["value"].mean() / 256
+        found = pick(ranks(lab, net(lab, activation, 256)[1]), "jacobian_rank")["value"].mean() / 256
         assert found == pytest.approx(share, abs=0 if share == 1 else 0.06), activation
 
 
@@ -170,7 +170,7 @@ def test_a_dead_network_has_no_rank(lab: Context) -> None:
     _, network = net(lab, "relu", 8)
     with torch.no_grad():
         network.layer2.linear.bias.fill_(-1e3)
-    found = ranks(lab, network, 4)
+    found = ranks(lab, network)
     dead = found[found["layer"] == 2]
     assert (dead["value"] == 0).all()
     assert found["value"].notna().all()

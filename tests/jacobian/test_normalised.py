@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from src.chain import cut
-from src.jacobian.normalised import batch_norm_growth, closed_form, deviation, normalisation_jacobian, normalisation_norms
+from src.jacobian.normalised import (
+    batch_norm_growth,
+    closed_form,
+    closed_form_errors,
+    deviation,
+    normalisation_jacobian,
+    normalisation_norms,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -67,6 +74,32 @@ def test_norm_and_null_directions(together: int) -> None:
     centred = values[0] - values.mean()
     share = eps / float(deviation(values, eps)) ** 2
     assert float((J @ centred).norm() / centred.norm()) == pytest.approx(scale * share, rel=1e-10)
+
+
+def test_the_errors_of_an_operator_see_a_wrong_one() -> None:
+    values, gains, eps = normal(3, 5), torch.tensor([1.0, -2.0, 0.5]).double(), 1e-5
+    J = normalisation_jacobian(batch_norm(gains, eps), values)
+    right = closed_form_errors(J, values, gains, eps)
+    assert right.pop("operator_norm") == pytest.approx(float(torch.linalg.matrix_norm(J.reshape(15, 15), 2)))
+    assert max(right.values()) < 1e-12
+    scaled = closed_form_errors(J * (1 + 1e-8), values, gains, eps)
+    assert min(scaled["norm_error"], scaled["form_error"], scaled["spectrum_error"]) > 1e-9
+    coupled = J.clone()
+    coupled[0, 0, 1, 0] += 1e-6
+    assert closed_form_errors(coupled, values, gains, eps)["form_error"] > 1e-8
+    # what should be annihilated passes: 1 itself, and x̂
+    at = torch.arange(3)
+    centred = values - values.mean(1, keepdim=True)
+    for kept in (torch.ones_like(values), centred):
+        passing = J.clone()
+        passing[at, :, at] += 1e-6 * kept.unsqueeze(2) * kept.unsqueeze(1)
+        errors = closed_form_errors(passing, values, gains, eps)
+        assert min(errors["spectrum_error"], errors["direction_error"]) > 1e-8
+    # other directions are annihilated: the spectrum is right, the directions are not
+    Q, _ = torch.linalg.qr(normal(5, 5, seed=2))
+    turned = closed_form_errors(torch.einsum("ij,gjhk,lk->gihl", Q, J, Q), values, gains, eps)
+    assert turned["spectrum_error"] < 1e-12
+    assert turned["direction_error"] > 0.1
 
 
 def test_norms_inside_a_network_are_those_of_the_operators() -> None:

@@ -96,18 +96,34 @@ def test_a_code_draws_numbers_of_its_own() -> None:
     assert not torch.equal(coded("code"), coded("other"))
 
 
-def test_a_filter_leaves_the_state_and_projects_the_gradient(chain: nn.Sequential, images: torch.Tensor) -> None:
-    gradient_filter = GradientFilter(12, 3, generator(0, "filter")).double()
-    P = gradient_filter.projection
-    torch.testing.assert_close(P @ P, P, atol=1e-6, rtol=0)
-    assert P.trace() == pytest.approx(3, abs=1e-5)
+@pytest.mark.parametrize("rank", [0, 3, 12])
+def test_a_filter_leaves_the_state_and_projects_the_gradient(chain: nn.Sequential, images: torch.Tensor, rank: int) -> None:
+    gradient_filter = GradientFilter(12, rank, generator(0, "filter")).double()
+    Q = gradient_filter.directions
+    torch.testing.assert_close(Q.T @ Q, torch.eye(rank, dtype=torch.float64), atol=1e-6, rtol=0)
     targets = torch.arange(20) % 5
     state = chain.layer1(images).detach().requires_grad_()
+    assert torch.equal(gradient_filter(state), state)
 
     def gradient(*parts: nn.Module) -> torch.Tensor:
         loss = cross_entropy(nn.Sequential(*parts, chain.layer2, chain.layer3, chain.readout)(state), targets)
         return torch.autograd.grad(loss, state)[0]
 
-    torch.testing.assert_close(gradient(gradient_filter), gradient() @ P)
-    filtered = before(chain, "layer2", "filter", gradient_filter)
-    torch.testing.assert_close(filtered(images), chain(images))
+    filtered = gradient(gradient_filter)
+    torch.testing.assert_close(filtered, (12 / max(rank, 1)) ** 0.5 * gradient() @ Q @ Q.T)
+    # exactly of rank r, not only up to float32
+    assert torch.linalg.matrix_rank(filtered) == min(rank, 4 if rank < 12 else 12)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_a_filter_keeps_the_energy_of_directions_drawn_at_random(rank: int) -> None:
+    """Over all g of unit length the mean ‖√(d/r) QQᵀg‖² = (d/r) ‖QQᵀ‖²_F/d = 1."""
+    state = torch.zeros(12, 12, requires_grad=True)
+    (filtered,) = torch.autograd.grad(GradientFilter(12, rank, generator(0, "filter"))(state), state, torch.eye(12))
+    assert float(filtered.square().sum()) / 12 == pytest.approx(1, rel=1e-6)
+
+
+def test_a_stage_more_stands_before_the_named_one(chain: nn.Sequential, images: torch.Tensor) -> None:
+    more = before(chain, "layer2", "filter", GradientFilter(12, 3, generator(0, "filter")).double())
+    assert [name for name, _ in more.named_children()] == ["layer1", "filter", "layer2", "layer3", "readout"]
+    torch.testing.assert_close(more(images), chain(images))

@@ -47,3 +47,11 @@ def test_a_neutral_readout_is_that_of_variance_one() -> None:
     assert torch.equal(net[1].linear.weight, network()[1].linear.weight)
     neutral_readout(net, 4.0)
     assert not torch.allclose(net[-1].weight, plain[-1].weight)
+
+
+def test_a_neutral_readout_may_follow_a_normalisation() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)))
+    before = [linear.weight.clone() for linear in linears(net)]
+    neutral_readout(net, 9.0)
+    assert torch.equal(net[0].weight, before[0])
+    torch.testing.assert_close(net[1][2].weight, before[1] / 3)

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.certificate import ENTRIES, READINGS, networks
+from experiments.certificate import ENTRIES, K_BACK, READINGS, networks, told
 from paper_figures import certificate as figure_module
-from src.prediction import association
-from src.statistics import spearman
+from src.prediction import association, predict_left_out
 from tests.experiments.measured import put
 from tests.paper_figures.drawn import check_panels, draw, read
 
@@ -18,14 +17,30 @@ NAME = "certificate"
 def test_the_table_has_the_correlation_of_every_reading(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
     table, nets = figure_module.table(rows), networks(rows)
-    assert len(table) == len(READINGS) == len(figure_module.NAMES)
-    assert (table["in K_back"] == "yes").sum() == len(ENTRIES) == 4
+    assert len(table) - 2 == len(READINGS) == len(figure_module.NAMES)
+    assert (table["in K_back"] == "yes").sum() == len(ENTRIES) + 1 == 5
     line = table[table["reading"] == "|ln ‖g_1‖/‖g_L‖|"].iloc[0]
-    rho = spearman(nets["gradient_ratio"], nets["accuracy"])
+    rho = association(nets["gradient_ratio"], nets["accuracy"])
     assert (line["ρ"], line["low"], line["high"], line["architectures"]) == (rho.value, rho.lo, rho.hi, len(nets))
     plain = nets[nets["kind"] == "plain"]
+    assert line["says"] == told(rho)
     assert line["ρ, plain"] == association(plain["gradient_ratio"], plain["accuracy"]).value
     assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+
+
+def test_the_best_combination_has_a_line_of_its_own(tmp_path: Path) -> None:
+    rows = read(NAME, tmp_path)
+    line = figure_module.table(rows).set_index("reading").loc["best of K_back, family left out"]
+    foretold = predict_left_out(networks(rows), K_BACK, "accuracy", "kind")
+    rho = association(foretold["predicted"], foretold["accuracy"])
+    assert (line["ρ"], line["low"], line["high"]) == (rho.value, rho.lo, rho.hi)
+
+
+def test_what_predicts_nothing_is_said_to(tmp_path: Path) -> None:
+    rows = put("rank", 10.0)(read(NAME, tmp_path))
+    assert figure_module.table(rows).set_index("reading").loc["min rank J_l", "says"] == "predicts nothing"
+    drawn = {axis.get_label(): axis for axis in draw(NAME, rows).axes}
+    assert drawn["b"].get_title(loc="left").endswith(": nothing")
 
 
 def test_infinities_stand_apart_at_the_edge(tmp_path: Path) -> None:

@@ -5,34 +5,53 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.forward_backward import PATIENTS, REMEDIES
+from experiments.forward_backward import LOCKS, PATIENTS
 from paper_figures import forward_backward as figure_module
 from src.rows import pick
+from src.statistics import paired_difference, t_interval
 from tests.paper_figures.drawn import check_panels, draw, read
 
 NAME = "forward_backward"
 
 
-def test_the_table_has_both_locks_of_every_remedy(tmp_path: Path) -> None:
+PATIENT = "tanh, σw²=1"
+NAMES = {"skip": "skip", "batch": "BatchNorm", "layer": "LayerNorm", "exits": "auxiliary losses"}
+
+
+@pytest.mark.parametrize("when", ["initial", "trained"])
+def test_the_table_is_forwards_and_backwards_against_the_remedies(when: str, tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
-    table = figure_module.table(rows).set_index(["chain", "remedy", "when"])
-    assert len(table) == 2 * len(PATIENTS) * len(REMEDIES)
-    at = ("tanh, σw²=1", "skip", "initial")
+    table = figure_module.table(rows).set_index(["chain", "when", "of"])
+    assert list(table.columns[::2]) == ["plain", *NAMES.values()]
+    assert len(table) == 6 * len(PATIENTS)
     for way in ("forward", "backward"):
-        locks = pick(rows, f"{way}_lock", part="remedy", patient=at[0], when="initial").pivot(
-            index="net_seed", columns="remedy", values="value"
-        )
-        assert table.loc[at, f"{way} lock (decades)"] == pytest.approx(locks["skip"].mean())
-        size = locks if way == "forward" else locks.abs()
-        assert table.loc[at, f"{way} gain"] == pytest.approx((size["plain"] - size["skip"]).mean())
-        assert table.loc[at, f"± {way} gain"] > 0
-    assert table.query("remedy == 'plain'")["forward gain"].isna().all()
+        nets = pick(rows, f"{way}_lock", part="remedy", patient=PATIENT, when=when)
+        locks = nets.pivot(index="net_seed", columns="remedy", values="value")
+        line = table.loc[(PATIENT, when, f"{way}s (decades)")]
+        plain = t_interval(locks["plain"])
+        assert (line["plain"], line["± plain"]) == pytest.approx((plain.value, plain.hi - plain.value))
+        distance = locks if way == "forward" else locks.abs()
+        for remedy, name in NAMES.items():
+            gain = paired_difference(distance["plain"], distance[remedy])
+            assert (line[name], line[f"± {name}"]) == pytest.approx((gain.value, gain.hi - gain.value), abs=1e-12)
+
+
+def test_the_table_has_accuracies_and_counts_what_diverged(tmp_path: Path) -> None:
+    rows = read(NAME, tmp_path)
+    lost = pick(rows, "diverged", patient=PATIENT, remedy="skip").index
+    table = figure_module.table(rows.assign(value=rows["value"].where(~rows.index.isin(lost), 1.0))).set_index(["chain", "of"])
+    assert table.loc[(PATIENT, "diverged (nets)"), list(NAMES.values())].tolist() == [2, 0, 0, 0]
+    accuracy = pick(rows, "test_accuracy", patient=PATIENT, remedy="layer")["value"].mean()
+    assert table.loc[(PATIENT, "test accuracy"), "LayerNorm"] == pytest.approx(accuracy)
 
 
 def test_trainings_that_diverged_leave_a_gap(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
-    for lost in ({"remedy": "skip"}, {"remedy": "plain"}):
-        gone = (rows["when"] == "trained") & (rows[list(lost)] == lost).all(axis=1)
-        table = figure_module.table(rows[~gone]).set_index(["remedy", "when"])
-        assert np.isnan(table.loc[("skip", "trained"), "forward gain"]).all()
-        check_panels(draw(NAME, rows[~gone]))
+    for lost, pairs in (("skip", 1), ("plain", len(NAMES))):
+        gone = (rows["when"] == "trained") & (rows["remedy"] == lost) & rows["quantity"].isin(LOCKS)
+        table = figure_module.table(rows[~gone]).set_index(["when", "of"])
+        assert np.isnan(table.loc[("trained", "forwards (decades)"), "skip"]).all()
+        figure = draw(NAME, rows[~gone])
+        check_panels(figure)
+        crosses = [line for axis in figure.axes[4:] for line in axis.get_lines() if line.get_marker() == "x"]
+        assert len(crosses) == 2 * len(PATIENTS) * pairs
