@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +19,13 @@ from torch import Tensor, nn
 from src import paths
 from src.chain import BatchNormMode, cut, require_finite
 from src.errors import UserError
-from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
-from src.jacobian.matrix_free import extremes
+from src.jacobian import matrix_free, structured
+from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
+from src.jacobian.product import Product
+from src.jacobian.structured import Dense, dense
 from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
 from src.seeds import generator
+from src.selftest import check_stage, check_state, state_of
 from src.spectrum import Extremes, spectrum
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
@@ -29,6 +34,10 @@ ROUNDING = 1e-9
 MEMORY_BYTES = 2**31
 # N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
 DECOMPOSED = 2e11
+# outputs; beyond them the product of all Jacobians is not followed
+END_TO_END = 128
+# N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
+FACTORISED = 1e8
 Method = Literal["auto", "exact", "matrix_free"]
 
 
@@ -47,6 +56,8 @@ class Certificate:
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
+        first_parameter_norm: ‖P_1‖ of every sample.
+        product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -59,6 +70,21 @@ class Certificate:
     singular_values: tuple[Float[Tensor, "n _"], ...]
     tolerance: float
     first_parameter_norm: Float[Tensor, " n"]
+    product: Product | None
+
+    def end_to_end(self) -> pd.DataFrame:
+        """The product of all J_l itself beside the product of their norms, in logs, a row a sample.
+
+        Returns: sample, log_norm (ln ‖∏J_l‖), log_smallest (ln σ_min(∏J_l), of as many singular values as there are outputs), log_bound
+            (Σ ln‖J_l‖), slack (the bound less the norm); nats. NaN where there are more than 128 outputs.
+        """
+        bound = self.log_attenuation.numpy()
+        unknown = np.full_like(bound, np.nan)
+        norm, smallest = (unknown, unknown) if self.product is None else (self.product.log_norm, self.product.log_smallest)
+        frame = pd.DataFrame({"log_norm": norm, "log_smallest": smallest, "log_bound": bound}, dtype=float)
+        # nothing is bounded by nothing with no slack
+        slack = (frame["log_bound"] - frame["log_norm"]).mask(frame["log_norm"] == frame["log_bound"], 0.0)
+        return frame.assign(slack=slack).rename_axis("sample").reset_index()
 
     def bound(self) -> pd.DataFrame:
         """The gradient product bound, as stated and precise, in logs, a row a sample.
@@ -141,7 +167,8 @@ def certify(
 ) -> Certificate:
     """Certify how a chain of stages passes its gradient backwards.
 
-    Walks from the loss to the input; at stage l it holds J_l of all samples, its singular values, g_l and g_lᵀP_l, and nothing
+    Every stage is first asked whether it is a function, of each sample alone, and rightly differentiated. Walks from the loss to the
+    input; at stage l it holds J_l of all samples, its singular values, g_l and g_lᵀP_l, and nothing
     of the other stages but their inputs.
 
     Args:
@@ -156,7 +183,8 @@ def certify(
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
 
     Returns: the certificate.
-    Raises: UserError when the model is no chain, a value is not finite (naming stage and sample), or a J_l is too large to write out.
+    Raises: UserError when the model is no chain, a stage fails its test, a value is not finite (naming stage and sample), or a J_l is too
+        large to write out.
     """
     if batch_norm not in get_args(BatchNormMode):
         raise UserError(f"certify: batch_norm={batch_norm!r}; use 'eval' or 'train'")
@@ -165,21 +193,24 @@ def certify(
     chain = cut(model, stages, dtype, batch_norm)
     layers, severities, known = [], [], []
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
-    for link in walk_back(chain, inputs.detach().to(dtype), targets, loss):
-        if writes_out(link, method):
-            J = layer_jacobian(link.stage, link.inputs)
-            require_finite(J, f"the Jacobian of stage '{link.name}'")
-            found = Extremes.of(spectrum(J))
-        else:
-            flat = link.inputs.flatten(1)
-            found = extremes(link.stage, link.inputs, torch.randn(flat.shape, generator=start_generator, dtype=dtype).to(flat.device))
-        gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
+    product: Product | None = None
+    buffers = state_of(chain)
+    for link in walk_back(chain, inputs.detach().to(dtype).contiguous(), targets, loss):
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
-        layers.append(_layer_rows(link, found, gradients))
-        condition = lock_condition(link.stage, link.inputs, gradients, probe)
-        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **condition})
+        start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
+        check_stage(link, probe, start)
+        structure = dense(link.stage, link.inputs)
+        found = _extremes(link, structure, method, start.flatten(1))
+        if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
+            product = Product.behind(probe)
+        if product is not None:
+            product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
+        norms, gradients, free = _gradients(link, structure, probe)
+        layers.append(_layer_rows(link, found, norms))
+        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
 
+    check_state(chain, buffers)
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
     by_sample = table.groupby("sample")
     return Certificate(
@@ -192,12 +223,38 @@ def certify(
         severity=pd.DataFrame(severities[::-1]),
         singular_values=tuple(found.values for found in known[::-1]),
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
-        first_parameter_norm=parameter_jacobian_norm(link.stage, link.inputs),
+        first_parameter_norm=structure.parameter_norm() if structure else parameter_jacobian_norm(link.stage, link.inputs),
+        product=product,
     )
 
 
-def _layer_rows(link: Link, found: Extremes, gradients: Float[Tensor, "n p"]) -> pd.DataFrame:
-    log_grad_norm = gradients.norm(dim=1).log() + link.signal.log_norm
+def _extremes(link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"]) -> Extremes:
+    """What is known of the Jacobians of a stage, by the cheapest method that is allowed."""
+    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
+    if method == "auto" and structure is not None and m <= d and n * m * d * m > FACTORISED:
+        found = structured.extremes(structure, start[:, :m])
+        if found is not None:
+            return found
+    if writes_out(link, method):
+        J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
+        require_finite(J, f"the Jacobian of stage '{link.name}'")
+        return Extremes.of(spectrum(J))
+    return matrix_free.extremes(link.stage, link.inputs, start)
+
+
+def _gradients(
+    link: Link, structure: Dense | None, probe: Float[Tensor, "n ..."]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+    """‖gᵀP‖ of every sample for the unit signal g, and matrices with the singular values of the N×|θ| ones, of g and of the probe."""
+    signal = link.signal.direction
+    if structure is not None:
+        return structure.gradient_norm(signal), structure.gradient_matrix(signal), structure.gradient_matrix(probe)
+    gradients = parameter_gradients(link.stage, link.inputs, signal)
+    return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
+
+
+def _layer_rows(link: Link, found: Extremes, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:
+    log_grad_norm = gradient_norms.log() + link.signal.log_norm
     columns = {
         "norm": found.norm,
         "norm_lo": found.norm_lo,

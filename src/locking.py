@@ -187,25 +187,18 @@ def severity(signal: ErrorSignal) -> dict[str, float | int]:
     }
 
 
-def lock_condition(
-    stage: nn.Module, inputs: Float[Tensor, "n ..."], gradients: Float[Tensor, "n p"], probe: Float[Tensor, "n ..."]
-) -> dict[str, int | bool]:
+def lock_condition(gradients: Float[Tensor, "n p"], free: Float[Tensor, "n p"]) -> dict[str, int | bool]:
     """The lock condition over the batch: rank of the N×|θ| matrix of per-sample gradients against its free rank.
 
     rank(g_nᵀP_n)_n < rank(ξ_nᵀP_n)_n with independent Gaussian ξ_n in place of g_n (specification, part 1).
 
     Args:
-        stage: f_l.
-        inputs: H_{l−1}.
         gradients: the rows g_nᵀP_n, each up to a factor that does not matter to the rank.
-        probe: ξ, as large as the outputs.
+        free: the rows ξ_nᵀP_n.
 
     Returns: gradient_rank, free_rank, and locked.
     """
-    if gradients.shape[1] == 0:
-        return {"gradient_rank": 0, "free_rank": 0, "locked": False}
-    gradient_rank = int(spectrum(gradients).rank)
-    free_rank = int(spectrum(parameter_gradients(stage, inputs, probe)).rank)
+    gradient_rank, free_rank = (int(spectrum(matrix).rank) if matrix.shape[1] else 0 for matrix in (gradients, free))
     return {"gradient_rank": gradient_rank, "free_rank": free_rank, "locked": gradient_rank < free_rank}
 
 

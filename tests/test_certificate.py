@@ -630,3 +630,42 @@ def test_a_condition_number_that_is_not_known_leaves_the_largest_unknown_unless_
     with torch.no_grad():
         dead[1][0].bias[0] = -100.0
     assert (certify(dead, x, y, method="matrix_free").conditioning == torch.inf).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_product_end_to_end_is_that_of_the_whole_network(name):
+    model, x = small(name), normal(3, 1, 4, 4)
+    cert = certify(model, x, LABELS)
+    found = cert.end_to_end()
+    for n in range(3):
+        s = naive.singular_values(naive.layer_jacobian(naive.as_measured(model), x[n].double()))
+        assert found["log_norm"][n] == pytest.approx(math.log(s[0]), abs=1e-10)
+        assert found["log_smallest"][n] == pytest.approx(math.log(s[-1]), abs=1e-6)
+    np.testing.assert_allclose(found["log_bound"], cert.log_attenuation)
+    assert (found["slack"] >= -1e-12).all()
+    assert found["slack"].max() > 0.01
+
+
+def test_the_product_of_a_dead_chain_is_nothing_and_that_of_many_outputs_is_not_followed():
+    dead = nn.Sequential(seeded(nn.Linear(4, 4)), matrix_stage(torch.zeros(4, 4)), seeded(nn.Linear(4, 3)))
+    found = certify(dead, normal(3, 4), LABELS).end_to_end()
+    assert (found[["log_norm", "log_smallest", "log_bound"]] == -math.inf).all(axis=None)
+    assert (found["slack"] == 0).all()
+    wide = certify(seeded(nn.Sequential(nn.Linear(4, 129))), normal(3, 4), LABELS).end_to_end()
+    assert wide[["log_norm", "log_smallest", "slack"]].isna().all(axis=None)
+
+
+def test_a_large_dense_chain_is_certified_by_factorisation_as_by_decomposition(monkeypatch):
+    """Same σ₁, σ_min, rank and condition; severity and lock condition do not depend on the method."""
+    model, x = dense(20, 16, 16, 3, activation=nn.Sigmoid), normal(3, 20)
+    exact = certify(model, x, LABELS, method="exact")
+    monkeypatch.setattr(certificate, "FACTORISED", 0)
+    fast = certify(model, x, LABELS)
+    assert set(fast.layers["method"]) == {"estimated"}
+    for column in ("norm", "sigma_min", "cond", "mean_square", "grad_norm"):
+        np.testing.assert_allclose(fast.layers[column], exact.layers[column], rtol=1e-7, err_msg=column)
+    for column in ("rank", "rank_lo", "rank_hi"):
+        assert fast.layers[column].tolist() == exact.layers[column].tolist()
+    assert (fast.layers["norm_lo"] <= exact.layers["norm_hi"]).all()
+    assert (exact.layers["norm_lo"] <= fast.layers["norm_hi"]).all()
+    pd.testing.assert_frame_equal(fast.severity, exact.severity)

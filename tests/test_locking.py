@@ -209,8 +209,8 @@ def test_the_severity_of_no_signal_is_undefined():
 
 
 def condition_of(link, seed=100):
-    gradients = parameter_gradients(link.stage, link.inputs, link.signal.direction)
-    return lock_condition(link.stage, link.inputs, gradients, normal(*link.signal.direction.shape, seed=seed).double())
+    probe = normal(*link.signal.direction.shape, seed=seed).double()
+    return lock_condition(*(parameter_gradients(link.stage, link.inputs, covectors) for covectors in (link.signal.direction, probe)))
 
 
 @pytest.mark.parametrize("name", SMALL)

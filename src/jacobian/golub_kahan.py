@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+FIRST_LOOK = 4  # steps; a look at the Ritz values costs more than a step
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,38 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
     u, alpha = _unit(push(v))
     alphas, basis = [alpha], [v]
     betas: list[Tensor] = []
+    look = max(FIRST_LOOK, least)
+    # what is left where the Krylov space is exhausted is rounding
+    nothing = 100 * torch.finfo(alpha.dtype).eps * alpha
     while True:
-        r, beta = _unit(pull(u) - alpha[:, None] * v)
-        p, theta, q = _ritz(alphas, betas)
-        residual = beta * p[:, -1].abs()
-        converged = len(alphas) >= least and bool((residual <= tolerance * theta).all())
-        if converged or len(alphas) >= most:
-            return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, len(alphas))
+        r, beta = _unit(pull(u) - alpha[:, None] * v, nothing)
+        steps = len(alphas)
+        at_end = steps >= most or not beta.any()
+        if at_end or steps == look:
+            p, theta, q = _ritz(alphas, betas)
+            residual = beta * p[:, -1].abs()
+            if at_end or bool((residual <= tolerance * theta).all()):
+                return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, steps)
+            look += max(2, steps // 3)
         betas.append(beta)
         v = r
         basis.append(v)
-        u, alpha = _unit(push(v) - beta[:, None] * u)
+        u, alpha = _unit(push(v) - beta[:, None] * u, nothing)
         alphas.append(alpha)
 
 
-def _unit(vectors: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
-    """Vectors of length 1, zero ones as they are, and their lengths."""
-    length = vectors.norm(dim=1)
-    return vectors / torch.where(length > 0, length, 1)[:, None], length
+def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+    """Vectors of length 1 and their lengths; zero for those no longer than `nothing`."""
+    length = torch.linalg.vector_norm(vectors, dim=1)
+    kept = length > nothing
+    return vectors * (kept / torch.where(kept, length, 1))[:, None], length * kept
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"], Float[Tensor, "n k"]]:
-    """The largest singular triple of every bidiagonal B."""
+    """The largest singular triple of every bidiagonal B, from the eigenvectors of BBᵀ: σ₁ loses nothing by the square."""
     B = torch.diag_embed(torch.stack(alphas, 1))
     if betas:
         B = B + torch.diag_embed(torch.stack(betas, 1), 1)
-    P, values, Qh = torch.linalg.svd(B.cpu())
-    return P[..., 0].to(B), values[..., 0].to(B), Qh[..., 0, :].to(B)
+    p = torch.linalg.eigh((B @ B.mT).cpu()).eigenvectors[..., -1].to(B)
+    q, value = _unit((p.unsqueeze(1) @ B).squeeze(1))
+    return p, value, q

@@ -47,6 +47,20 @@ def layer_jacobian(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Te
     return rows.reshape(m, n, -1).transpose(0, 1)
 
 
+def pull_back_all(stage: nn.Module, inputs: Float[Tensor, "n ..."], covectors: Float[Tensor, "n m k"]) -> Float[Tensor, "n d k"]:
+    """JᵀQ of every sample, J = ∂f(x)/∂x.
+
+    Args:
+        stage: f, acting on each sample alone.
+        inputs: N inputs of d entries.
+        covectors: Q, k columns for each sample.
+    """
+    outputs, pull_back = transpose(stage, inputs)
+    columns = covectors.permute(2, 0, 1).reshape(-1, *outputs.shape)
+    pulled = vmap(pull_back, chunk_size=_chunk(inputs.numel(), inputs.dtype))(columns)
+    return pulled.reshape(len(columns), len(inputs), -1).permute(1, 2, 0)
+
+
 def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
     """The norm of the parameter Jacobian P = ∂f(x; θ)/∂θ of every sample: ‖P‖ = √λ_max(PPᵀ).
 

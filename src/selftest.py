@@ -1,0 +1,86 @@
+"""What every certificate asks of each stage before it answers: is it a function, of each sample alone, and is its derivative one?"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+
+from src.chain import Chain
+from src.errors import UserError
+from src.jacobian.materialised import transpose
+from src.locking import Link
+
+# ⟨Ju, v⟩ and ⟨u, Jᵀv⟩ are sums of as many products as J has rows or columns: rounding grows with their root
+ROUNDING = 1e3
+
+
+def check_stage(link: Link, probe: Tensor, direction: Tensor) -> None:
+    """Ask a stage whether it repeats itself, keeps samples apart, and is differentiated rightly.
+
+    Determinism: f(x) = f(x), bit for bit. Leakage: ∂f(x_n)/∂x_m = 0 for m ≠ n, exactly. Adjoint: ⟨Ju, v⟩ = ⟨u, Jᵀv⟩, Ju by forward
+    and Jᵀv by reverse differentiation, which share no formula.
+
+    Args:
+        link: the stage with its inputs.
+        probe: v, as large as the outputs.
+        direction: u, as large as the inputs.
+
+    Raises: UserError with the reason and the stage's name.
+    """
+    stage, x = link.stage, link.inputs
+    outputs, pull_back = transpose(stage, x)
+    if not torch.equal(stage(x), outputs):
+        raise UserError(
+            f"certificate: stage '{link.name}' answers differently when it is asked twice: it draws random numbers or keeps a state; "
+            "switch that off (functional dropout wants training=self.training)"
+        )
+    if len(x) > 1:
+        alone = torch.zeros_like(probe)
+        alone[0] = probe[0]
+        leaked = pull_back(alone)[1:].abs().max()
+        if leaked > 0:
+            raise UserError(
+                f"certificate: in stage '{link.name}' a sample's output depends on the other samples (by {float(leaked):.2g}); "
+                "freeze its statistics, or certify with batch_norm='train', the batch as one"
+            )
+    try:
+        pushed = _push(stage, x, direction)
+    except NotImplementedError:  # an operation without a forward derivative
+        return
+    pushed, probe, direction, pulled = (part.reshape(len(x), -1) for part in (pushed, probe, direction, pull_back(probe)))
+    size = pushed.norm(dim=1) * probe.norm(dim=1) + direction.norm(dim=1) * pulled.norm(dim=1)
+    error = ((pushed * probe).sum(1) - (direction * pulled).sum(1)).abs() / torch.where(size > 0, size, 1)
+    if error.max() > ROUNDING * torch.finfo(x.dtype).eps:
+        raise UserError(
+            f"certificate: the backward pass of stage '{link.name}' is not the transpose of its derivative "
+            f"(⟨Ju,v⟩ and ⟨u,Jᵀv⟩ differ by {float(error.max()):.2g} of their size); look at its custom autograd functions"
+        )
+
+
+def _push(stage: nn.Module, x: Tensor, direction: Tensor) -> Tensor:
+    """J·u of every sample."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compilation
+        pushed: Tensor = jvp(stage, (x,), (direction,))[1]
+    return pushed
+
+
+def state_of(chain: Chain) -> list[Tensor]:
+    """A copy of all buffers, which no forward pass may change."""
+    return [buffer.clone() for stage in chain.stages for buffer in _buffers(stage)]
+
+
+def check_state(chain: Chain, before: list[Tensor]) -> None:
+    """Compare the buffers with their copy.
+
+    Raises: UserError naming the stage whose forward pass writes into its buffers.
+    """
+    copies = iter(before)
+    for name, stage in zip(chain.names, chain.stages, strict=True):
+        if any(not torch.equal(buffer, next(copies)) for buffer in list(_buffers(stage))):
+            raise UserError(f"certificate: stage '{name}' writes into its buffers in eval mode; certify it with that switched off")
+
+
+def _buffers(stage: nn.Module) -> list[Tensor]:
+    return list(stage.buffers())

@@ -1,0 +1,106 @@
+"""Dense stages by their structure, against the Jacobians written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
+from src.jacobian.structured import dense, extremes
+from src.models import Residual
+from tests.jacobian.networks import as_double, matrix_stage, normal, seeded
+
+few = settings(max_examples=20, deadline=None)
+
+
+class Functional(nn.Module):
+    """A dense layer and its activation, flattened by methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return functional.relu(self.linear(x.reshape(x.shape[0], -1)))
+
+
+DENSE = {
+    "linear": (nn.Linear(6, 4), (6,)),
+    "without a bias": (nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh()), (6,)),
+    "flattened": (nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU()), (1, 2, 3)),
+    "expanding": (nn.Sequential(nn.Linear(3, 5), nn.GELU()), (3,)),
+    "twice bent": (nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Dropout(), nn.Sigmoid()), (6,)),
+    "functional": (Functional(), (2, 3)),
+}
+OTHERS = {
+    "bent first": (nn.Sequential(nn.Tanh(), nn.Linear(6, 4)), (6,)),
+    "two layers": (nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), (6,)),
+    "normalised": (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), (6,)),
+    "residual": (Residual(nn.Linear(6, 6), nn.Identity(), nn.Identity()), (6,)),
+    "softmax": (nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)), (6,)),
+    "convolution": (nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU()), (1, 3, 3)),
+    "over the last axis": (nn.Sequential(nn.Linear(3, 4), nn.Tanh()), (2, 3)),
+    "no weights": (nn.Tanh(), (6,)),
+    "learnt slope": (nn.Sequential(nn.Linear(6, 4), nn.PReLU()), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_stage_is_its_slopes_times_its_weight(name):
+    stage, shape = DENSE[name]
+    stage, x = as_double(seeded(stage)), normal(5, *shape).double()
+    J = dense(stage, x)
+    torch.testing.assert_close(J.jacobians(), layer_jacobian(stage, x), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(J.parameter_norm(), parameter_jacobian_norm(stage, x), rtol=1e-10, atol=1e-12)
+    g = normal(5, J.weight.shape[0], seed=3).double()
+    rows = parameter_gradients(stage, x, g)
+    torch.testing.assert_close(J.gradient_norm(g), rows.norm(dim=1), rtol=1e-12, atol=1e-14)
+    matrix = J.gradient_matrix(g)
+    assert matrix.shape[1] == min(5, J.weight.shape[0]) * min(5, J.weight.shape[1] + J.has_bias)
+    torch.testing.assert_close(matrix @ matrix.T, rows @ rows.T, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_stage_is_not_taken_for_one(name):
+    stage, shape = OTHERS[name]
+    assert dense(as_double(seeded(stage)), normal(2, *shape).double()) is None
+
+
+@given(st.integers(1, 12), st.integers(0, 6), st.sampled_from(["tanh", "relu", "sigmoid", "leaky"]), st.integers(0, 10_000))
+@few
+def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
+    phi = {"tanh": nn.Tanh(), "relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "leaky": nn.LeakyReLU()}[activation]
+    stage, x = as_double(seeded(nn.Sequential(nn.Linear(m + more, m), phi), seed)), normal(3, m + more, seed=seed).double()
+    J = dense(stage, x)
+    found, s = extremes(J, normal(3, m, seed=seed + 1).double()), torch.linalg.svdvals(J.jacobians())
+    torch.testing.assert_close(found.norm, s[:, 0], rtol=1e-7, atol=1e-14)
+    torch.testing.assert_close(found.smallest, torch.where(found.rank == m, s[:, -1], 0), rtol=1e-7, atol=1e-14)
+    assert found.rank.tolist() == (s > max(m, m + more) * torch.finfo(s.dtype).eps * s[:, :1]).sum(1).tolist()
+    assert ((found.norm_lo <= s[:, 0]) & (s[:, 0] <= found.norm_hi * (1 + 1e-12))).all()
+    torch.testing.assert_close(found.mean_square, s.square().mean(1), rtol=1e-12, atol=1e-14)
+    assert (found.condition.isinf() == (found.rank < m)).all()
+
+
+def test_a_rank_that_the_factorisation_cannot_tell_is_left_open():
+    """Two equal rows: σ_min(W) is rounding, and says nothing of the rows that are active."""
+    W = normal(4, 5).double()
+    W[3] = W[2]
+    stage = nn.Sequential(matrix_stage(W), nn.ReLU())
+    assert extremes(dense(stage, normal(6, 5, seed=1).double()), normal(6, 4, seed=2).double()) is None
+    stage = nn.Sequential(matrix_stage(W), nn.Tanh())
+    assert extremes(dense(stage, normal(6, 5, seed=1).double()), normal(6, 4, seed=2).double()) is None
+
+
+def test_the_smallest_singular_value_is_right_where_the_decomposition_of_j_loses_it():
+    """Slopes over twelve decades, small rows first: σ_min to ten digits, where that of J written out has lost half of them."""
+    J = dense(matrix_stage(torch.eye(6).double() + 0.1 * normal(6, 6).double()), normal(1, 6).double())
+    graded = replace(J, slopes=torch.logspace(-12, 0, 6).double().expand(1, 6))
+    found = extremes(graded, normal(1, 6, seed=1).double()).smallest
+    true = 1 / torch.linalg.svdvals(torch.linalg.inv(J.weight) / graded.slopes)[0]
+    torch.testing.assert_close(found[0], true, rtol=1e-10, atol=0)
+    written_out = torch.linalg.svdvals(graded.jacobians())[0, -1]
+    assert abs(written_out / true - 1) > 1e-6

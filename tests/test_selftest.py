@@ -1,0 +1,111 @@
+"""What a certificate refuses to answer, and that it answers everything else."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from src.certificate import certify
+from src.errors import UserError
+from tests.jacobian.networks import FAMILIES, SMALL, dense, family, normal, seeded, small
+
+LABELS = torch.tensor([0, 1, 2])
+
+
+class Careless(nn.Module):
+    """Dropout that is never switched off."""
+
+    def forward(self, x):
+        return functional.dropout(x, 0.5, training=True)
+
+
+class Centred(nn.Module):
+    """What its mean over the batch is taken from."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, to no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return torch.tanh(x)
+
+
+class Drifting(Counting):
+    """Answers by how often it was asked."""
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+class StraightThrough(torch.autograd.Function):
+    """Round forwards, the identity backwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * t
+
+
+class Pretending(nn.Module):
+    def forward(self, x):
+        return StraightThrough.apply(x)
+
+
+def chain(part):
+    return seeded(nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), part, nn.Linear(5, 3)))
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (Careless(), "stage '1' answers differently when it is asked twice"),
+        (Drifting(), "stage '1' answers differently when it is asked twice"),
+        (Centred(), "in stage '1' a sample's output depends on the other samples"),
+        (Counting(), "stage '1' writes into its buffers in eval mode"),
+        (Pretending(), "the backward pass of stage '1' is not the transpose of its derivative"),
+    ],
+)
+def test_a_stage_that_cannot_be_answered_for_is_refused_with_the_reason(part, reason):
+    with pytest.raises(UserError, match=reason):
+        certify(chain(part), normal(3, 1, 4, 4), LABELS)
+
+
+def test_what_leaks_is_answered_for_the_batch_as_one():
+    assert len(certify(chain(Centred()), normal(3, 1, 4, 4), LABELS, batch_norm="train").rank) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SMALL)
+def test_no_sound_stage_is_refused(name, dtype):
+    certify(small(name), normal(3, 1, 4, 4), LABELS, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "norm", "skip"), FAMILIES)
+def test_no_family_is_refused_in_single_precision(name, norm, skip):
+    certify(family(name, norm=norm, skip=skip), normal(3, 1, 8, 8), LABELS, dtype=torch.float32)
+
+
+def test_a_wide_deep_chain_is_not_refused_for_its_rounding():
+    certify(dense(200, *[300] * 20, 3), normal(3, 200), LABELS, dtype=torch.float32, method="matrix_free")
