@@ -40,6 +40,8 @@ def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
     module = command[2]
     if module == "src.data":
         return [*command, "--root", str(DATA_ROOT)]
+    if module == "src.certify":
+        return [*command, "--data", "digits", "--samples", "1"]
     if module == "paper_figures":
         return [*command, "--results", str(results), "--out", str(out)]
     if not any(argument.startswith("experiment=") for argument in command):
@@ -58,7 +60,7 @@ def answer(arguments: list[str]) -> str:
 
 def test_the_commands_are_found() -> None:
     modules = [command[2] for command in commands()]
-    assert {"src.run", "src.data", "paper_figures"} == set(modules)
+    assert {"src.run", "src.data", "src.certify", "paper_figures"} == set(modules)
     assert not any("#" in argument for command in commands() for argument in command)
     mentioned = [line for line in README.splitlines() if re.match(r"python -m (src|paper_figures)", line)]
     assert len({line.split("#")[0].strip() for line in mentioned}) == len(modules)
