@@ -6,8 +6,9 @@ Schoenholz et al. 2017), and short trainings; logistic nets mapped from tanh net
 saturates and escapes (Glorot & Bengio 2010, section 3.1 and Figure 2).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import ceil, log
 from typing import Any
 
@@ -21,16 +22,14 @@ from src.chain import cut
 from src.config import Activation, Config, Criterion, ModelConfig, TrainingConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.locking import SATURATED, saturation
+from src.locking import SATURATED, growth, saturation
 from src.models.logistic import InTanhCoordinates, logistic_twin
 from src.models.start import neutral_readout, standard_start
 from src.plan import Work
-from src.rows import pick
+from src.rows import Row, measured, pick
 from src.saturation import activity, of_logistic_layer, slopes
-from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.verdict import Verdict, cell, judge_forms
-
-Row = dict[str, Any]
+from src.statistics import greatest, least, slope, t_interval
+from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
     "saturated": f"share of units whose slope σ' is below {SATURATED:g} of its maximum ¼, mean over samples and layers",
@@ -54,13 +53,14 @@ QUANTITIES = {
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
 }
-WORST = ("equation_error", "norm_bound", "quarter_bound")  # of the quantities of a layer, those reported at their worst
+SETTING = ["varied", "weight_var", "bias_var"]
+# what is reported at its worst, by the criterion
+EXACT = {"jacobian_equation": "equation_error", "norm_bound": "norm_bound", "quarter_bound": "quarter_bound"}
 THRESHOLDS = (1.0, 3.0, 5.0, 8.0)  # of |z|
 VARIANCES = (0.0, 0.5, 1.0, 4.0)  # q, at which E[φ'²] is held against theory
 BOUNDED: tuple[Activation, ...] = ("sigmoid", "tanh")
 WIDE = 4  # times the configured width, for a mean over units
-NEAR_ZERO = 0.1  # mean activation of a saturated top layer
-LEARNT = 0.3  # test accuracy of a net that has left its plateau: three times chance of ten classes
+NEAR_ZERO = 0.1  # the 98th percentile of the activations of a saturated top layer
 # where the mapped tanh net is critical, χ = 1
 CRITICAL: dict[str, Any] = {"activation": "tanh", "weight_var": 1.761, "bias_var": 0.05}
 USUAL: dict[str, Any] = {"activation": "sigmoid", "weight_var": 1.0, "bias_var": 0.0}
@@ -89,9 +89,9 @@ def check(config: Config, data: Data) -> None:
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config, grid = context.config, context.config.grid
-    short = context.steps()
+    short, measuring = context.steps(), partial(of_net, context=context)
     return [
-        *(Work(model, grid.seeds, measuring=context.certify) for _, model in _saturating(config, depth=grid.rate_depth)),
+        *(Work(model, grid.seeds, measuring=measuring) for _, model in _saturating(config, depth=grid.rate_depth)),
         *(Work(model, grid.seeds) for model in _wide(config)),
         *(Work(model, grid.seeds) for model in _mapped(config)),
         *(Work(model, grid.train_seeds, short) for _, model in _learning(config)),
@@ -113,29 +113,24 @@ def _saturating(config: Config, **changes: Any) -> list[tuple[str, ModelConfig]]
     return [(varied, replace(config.model, activation="sigmoid", weight_var=w, bias_var=b, **changes)) for varied, w, b in settings]
 
 
+def of_net(network: nn.Sequential, context: Context) -> list[Row]:
+    """Saturation and Jacobians of a logistic net, over every second layer of the deeper half, and the gradient's rate over that half."""
+    inputs, _ = context.samples(context.data.test, context.config.grid.samples)
+    chain = cut(network, None, torch.float64, "eval")
+    deep = list(zip(chain.stages, chain.states(inputs.double()), strict=False))[len(chain.stages) // 2 - 1 : -1 : 2]
+    layers = pd.DataFrame([of_logistic_layer(*layer) for layer in deep])
+    found = {**layers.mean().to_dict(), **layers[[*EXACT.values()]].max().to_dict(), "rate": growth(context.error_signals(network))}
+    z, steepness = (torch.stack(of_layers) for of_layers in zip(*(slopes(*layer) for layer in deep), strict=True))
+    tails = {threshold: float((steepness * (z.abs() >= threshold)).max()) for threshold in THRESHOLDS}
+    return [*measured({}, **found), *(row for at, tail in tails.items() for row in measured({"threshold": at}, tail_slope=tail))]
+
+
 def _jacobians(context: Context) -> Iterator[Row]:
-    """Saturation, Jacobians and the gradient's rate of random nets, over the second half of the hidden layers."""
-    grid = context.config.grid
-    inputs, _ = context.samples(context.data.test, grid.samples)
-    for varied, model in context.progress(_saturating(context.config, depth=grid.rate_depth), "saturated nets"):
-        for seed in range(grid.seeds):
-            network = context.network(model, seed)
+    """Random nets at every degree of saturation."""
+    for varied, model in context.progress(_saturating(context.config, depth=context.config.grid.rate_depth), "saturated nets"):
+        for seed in range(context.config.grid.seeds):
             where = {"part": "jacobian", "varied": varied, **network_columns(model, seed)}
-            chain = cut(network, None, torch.float64, "eval")
-            deep = list(zip(chain.stages, chain.states(inputs.double()), strict=False))[grid.rate_depth // 2 - 1 : -1]
-            for quantity, by_layer in pd.DataFrame([of_logistic_layer(*layer) for layer in deep]).items():
-                yield {"quantity": quantity, "value": by_layer.max() if quantity in WORST else by_layer.mean(), **where}
-            z, steepness = (torch.stack(of_layers) for of_layers in zip(*(slopes(*layer) for layer in deep), strict=True))
-            for threshold in THRESHOLDS:
-                tail = steepness[z.abs() >= threshold]
-                yield {"quantity": "tail_slope", "value": float(tail.max()) if len(tail) else 0.0, "threshold": threshold, **where}
-            yield {"quantity": "rate", "value": growth(context.error_signals(network)), **where}
-
-
-def growth(signals: Mapping[int, float]) -> float:
-    """The slope of ln mean_n ‖g_l‖² against L − l over the second half of the hidden layers, from ½ ln mean_n ‖g_l‖² of l = 1…L."""
-    deep = range(len(signals) // 2, len(signals))
-    return slope([len(signals) - layer for layer in deep], [2 * signals[layer] for layer in deep]).value
+            yield from (row | where for row in of_net(context.network(model, seed), context))
 
 
 def _wide(config: Config) -> list[ModelConfig]:
@@ -154,7 +149,7 @@ def _square_slopes(context: Context) -> Iterator[Row]:
         for seed in range(context.config.grid.seeds):
             layer = cut(context.network(model, seed), None, torch.float64, "eval").stages[0]
             _, steepness = slopes(layer, images)
-            yield {"quantity": "square_slope", "value": float(steepness.square().mean()), "part": "slope", **network_columns(model, seed)}
+            yield from measured({"part": "slope", **network_columns(model, seed)}, square_slope=float(steepness.square().mean()))
 
 
 def _mapped(config: Config) -> list[ModelConfig]:
@@ -170,8 +165,8 @@ def _mapped_signals(context: Context) -> Iterator[Row]:
         for start, (model, network) in nets.items():
             signals = context.error_signals(network)
             where = {"part": "mapped", "start": start, **network_columns(model, seed)}
-            yield {"quantity": "rate", "value": growth(signals), **where}
-            yield from ({"quantity": "error_signal", "value": value, "layer": layer, **where} for layer, value in signals.items())
+            yield from measured(where, rate=growth(signals))
+            yield from (row for layer, value in signals.items() for row in measured({"layer": layer, **where}, error_signal=value))
 
 
 def _learning(config: Config) -> list[tuple[str, ModelConfig]]:
@@ -189,10 +184,8 @@ def _learn(context: Context) -> Iterator[Row]:
             where = {"part": "learning", "varied": varied, **network_columns(model, seed)}
             chain = cut(network, None, torch.float64, "eval")
             shares = [saturation(*stage).mean() for stage in zip(chain.stages[:-1], chain.states(inputs.double()), strict=False)]
-            yield {"quantity": "saturated", "value": float(torch.stack(shares).mean()), **where}
             outcome = context.train(network, f"σw²={model.weight_var:g}, σb²={model.bias_var:g}, depth {model.depth}, seed {seed}", seed)
-            for quantity, value in outcome.metrics().items():
-                yield {"quantity": quantity, "value": value, **where}
+            yield from measured(where, saturated=float(torch.stack(shares).mean()), **outcome.metrics())
 
 
 def _mapped_short(config: Config) -> list[ModelConfig]:
@@ -211,8 +204,8 @@ def _mapped_trainings(context: Context) -> Iterator[Row]:
         }
         for coordinates, (model, network) in nets.items():
             where = {"part": "mapped training", "coordinates": coordinates, **network_columns(model, seed)}
-            for quantity, value in context.train(network, f"{coordinates}, depth {model.depth}, seed {seed}", seed).metrics().items():
-                yield {"quantity": quantity, "value": value, **where}
+            outcome = context.train(network, f"{coordinates}, depth {model.depth}, seed {seed}", seed)
+            yield from measured(where, **outcome.metrics())
 
 
 def _long(config: Config) -> list[ModelConfig]:
@@ -241,10 +234,10 @@ def _watch(context: Context) -> Iterator[Row]:
             where = {"part": "long", **network_columns(model, seed)}
             for step, layers in seen.items():
                 for layer, of_layer in enumerate(layers, start=1):
-                    for name, value in of_layer.items():
-                        yield {"quantity": f"activation_{name}", "value": value, "step": step, "layer": layer, **where}
+                    named = {f"activation_{name}": value for name, value in of_layer.items()}
+                    yield from measured({"step": step, "layer": layer, **where}, **named)
             for point in outcome.history.itertuples():
-                yield {"quantity": "test_accuracy", "value": point.test_accuracy, "step": point.step, **where}
+                yield from measured({"step": point.step, **where}, test_accuracy=point.test_accuracy)
 
 
 def recipe_of(context: Context) -> TrainingConfig:
@@ -256,42 +249,36 @@ def recipe_of(context: Context) -> TrainingConfig:
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    nets = jacobian_nets(rows)
+    nets, learning = jacobian_nets(rows), learning_nets(rows)
     by_weights = nets[nets["varied"] == "weight_var"]
     usual = by_weights[by_weights["weight_var"] <= 1]
-    learning = learning_nets(rows)
-    norm_falls = _falls(nets, ["varied"], "log_norm")
-    learning_falls = _falls(learning, ["varied", "depth", "best"], "test_accuracy")
+    norm_falls = falls(nets, ["varied"], "log_norm")
+    learning_falls = falls(learning, ["varied", "depth", "best"], "test_accuracy")
     courses = _courses(rows)
-
-    def by_net(quantity: str) -> pd.DataFrame:
-        return _by_setting(nets, nets[quantity])
-
+    low = courses[courses["lowest"] < NEAR_ZERO]
     cells = {
-        "flat_tails": _worst(pick(rows, "tail_slope"), "threshold"),
-        "jacobian_equation": _worst(pick(rows, "equation_error"), "weight_var", "bias_var"),
-        "norm_bound": _worst(pick(rows, "norm_bound"), "weight_var", "bias_var"),
-        "quarter_bound": _worst(pick(rows, "quarter_bound"), "weight_var", "bias_var"),
-        "saturated_contribution": by_net("contribution").query("saturated >= 0.05"),
-        "near_zero_jacobian": by_net("norm"),
+        "flat_tails": cells_by(pick(rows, "tail_slope"), ["threshold"], greatest),
+        **{name: cells_by(pick(rows, quantity), ["weight_var", "bias_var"], greatest) for name, quantity in EXACT.items()},
+        "saturated_contribution": _by_setting(nets, nets["contribution"]).query("saturated >= 0.05"),
+        "near_zero_jacobian": _by_setting(nets, nets["norm"]),
         "norm_falls": norm_falls,
         "norm_falls_at_fixed_weights": norm_falls,
-        "slopes_fall": _falls(nets.assign(log_slope=np.log(nets["chi"] / nets["weight_var"])), ["varied"], "log_slope"),
+        "slopes_fall": falls(nets.assign(log_slope=np.log(nets["chi"] / nets["weight_var"])), ["varied"], "log_slope"),
         "mean_square_slope": _square_slope_cells(rows),
         "rate": _by_setting(usual, np.exp(usual["rate"]) / usual["prediction"] - 1),
-        "saturation_locks": by_net("rate"),
-        "large_norms_vanish": by_net("rate").query("varied == 'weight_var'"),
-        "chi_decides": by_net("rate"),
+        "saturation_locks": _by_setting(nets, nets["rate"]),
+        "large_norms_vanish": _by_setting(by_weights, by_weights["rate"]),
+        "chi_decides": _by_setting(nets, nets["rate"]),
         "critical_variance": _crossings(by_weights),
         "learning_falls": learning_falls,
         "learning_falls_at_fixed_weights": learning_falls,
         "mapped_signal": _mapped_ratio(rows),
-        "mapped_flow": _mapped_rates(rows),
-        "mapped_training": _mapped_accuracy(rows, "tanh net", ["tanh", "logistic"]),
-        "mapped_gain": _mapped_accuracy(rows, "usual", ["tanh"]),
-        "top_layer_saturates": _course_cells(courses[courses["learnt"]], "lowest_early", greatest),
-        "top_layer_escapes": _course_cells(courses[courses["learnt"] & (courses["lowest"] < NEAR_ZERO)], "rise", least),
-        "five_never_escape": _course_cells(courses[(courses["lowest"] < NEAR_ZERO) & (courses["hidden_layers"] == 5)], "rise", greatest),
+        "mapped_flow": cells_by(pick(rows, "rate", part="mapped").query("start != 'tanh'"), ["start"], t_interval),
+        "mapped_training": _mapped_accuracy(rows, "tanh net"),
+        "mapped_gain": _mapped_accuracy(rows, "usual"),
+        "top_layer_saturates": cells_by(courses.assign(value=courses["lowest_early"]), ["hidden_layers", "steps"], greatest),
+        "top_layer_escapes": cells_by(low.assign(value=low["rise"]), ["hidden_layers", "steps"], least),
+        "five_never_escape": cells_by(low.assign(value=low["rise"]), ["hidden_layers", "steps"], greatest),
     }
     return judge_forms("sigmoid_saturation", criteria, cells)
 
@@ -304,95 +291,72 @@ def _wide_form(rows: pd.DataFrame, part: str, keys: list[str]) -> pd.DataFrame:
 
 def jacobian_nets(rows: pd.DataFrame) -> pd.DataFrame:
     """Each saturated random net: what was measured, a column a quantity, beside the mean-field χ of its σw² and σb² (`prediction`)."""
-    nets = _wide_form(rows, "jacobian", ["varied", "weight_var", "bias_var", "net_seed"])
-    nets["prediction"] = [mean_field.chi("sigmoid", net.weight_var, net.bias_var) for net in nets.itertuples()]
-    return nets
+    nets = _wide_form(rows, "jacobian", [*SETTING, "net_seed"])
+    return nets.assign(prediction=[mean_field.chi("sigmoid", net.weight_var, net.bias_var) for net in nets.itertuples()])
 
 
 def learning_nets(rows: pd.DataFrame) -> pd.DataFrame:
     """Each short training of a saturated net, a column a quantity, beside the mean accuracy of the best setting (`best`)."""
-    nets = _wide_form(rows, "learning", ["depth", "varied", "weight_var", "bias_var", "net_seed"])
-    means = nets.groupby(["depth", "varied", "weight_var", "bias_var"])["test_accuracy"].transform("mean")
+    nets = _wide_form(rows, "learning", ["depth", *SETTING, "net_seed"])
+    means = nets.groupby(["depth", *SETTING])["test_accuracy"].transform("mean")
     return nets.assign(best=means.groupby([nets["depth"], nets["varied"]]).transform("max"))
-
-
-def _worst(values: pd.DataFrame, *keys: str) -> pd.DataFrame:
-    """The largest of a quantity over all networks of a kind."""
-    return pd.DataFrame([cell(greatest(own["value"]), **dict(zip(keys, at, strict=True))) for at, own in values.groupby(list(keys))])
 
 
 def _by_setting(nets: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     """The t-interval of a value a net over the seeds of each setting, beside the setting's mean saturation, mean ‖J_l‖ and χ in theory."""
-    cells = []
-    for (varied, weight_var, bias_var), own in nets.groupby(["varied", "weight_var", "bias_var"]):
-        means = {"saturated": own["saturated"].mean(), "mean_norm": own["norm"].mean(), "chi": own["prediction"].iloc[0]}
-        cells.append(cell(t_interval(values[own.index]), varied=varied, weight_var=weight_var, bias_var=bias_var, **means))
-    return pd.DataFrame(cells)
+    means = nets.groupby(SETTING)[["saturated", "norm"]].transform("mean").rename(columns={"norm": "mean_norm"})
+    of_setting = nets[SETTING].join(means).assign(chi=nets["prediction"])
+    return cells_by(of_setting.assign(value=values), [*of_setting], t_interval)
 
 
-def _falls(nets: pd.DataFrame, keys: list[str], quantity: str) -> pd.DataFrame:
+def falls(nets: pd.DataFrame, keys: list[str], quantity: str) -> pd.DataFrame:
     """The slope of a quantity against the share of saturated units: one a seed over its settings, which share their random numbers."""
-    cells = []
-    for at, own in nets.groupby(keys):
-        slopes = [slope(net["saturated"], net[quantity]).value for _, net in own.groupby("net_seed")]
-        cells.append(cell(t_interval(slopes), **dict(zip(keys, at, strict=True))))
-    return pd.DataFrame(cells)
+    seeds = nets.groupby([*keys, "net_seed"])[["saturated", quantity]]
+    slopes_of_seeds = seeds.apply(lambda own: slope(own["saturated"], own[quantity]).value)
+    return cells_by(slopes_of_seeds.reset_index(name="value"), keys, t_interval)
 
 
 def _square_slope_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Measured E[φ'²] over predicted − 1."""
-    cells = []
-    for (activation, q), layers in pick(rows, "square_slope").groupby(["activation", "weight_var"]):
-        prediction = mean_field.mean_square_derivative(activation, q)
-        cells.append(cell(t_interval(layers["value"] / prediction - 1), activation=activation, q=q, predicted=prediction))
-    return pd.DataFrame(cells)
+    layers = pick(rows, "square_slope").rename(columns={"weight_var": "q"})
+    predicted = np.array([mean_field.mean_square_derivative(layer.activation, layer.q) for layer in layers.itertuples()])
+    relative = layers.assign(predicted=predicted, value=layers["value"] / predicted - 1)
+    return cells_by(relative, ["activation", "q", "predicted"], t_interval)
 
 
 def _crossings(nets: pd.DataFrame) -> pd.DataFrame:
     """The σw² at which a growth per layer crosses 1, over predicted − 1: between the nearest on either side, in logs."""
     critical = mean_field.critical_weight_var("sigmoid", 0.0)
     low, high = (nets.loc[side, "weight_var"] for side in (nets["weight_var"] < critical, nets["weight_var"] > critical))
-    cells = []
-    for growth, values in (("singular values", np.log(nets["chi"])), ("gradient", nets["rate"])):
+    found = []
+    for of, values in (("singular values", np.log(nets["chi"])), ("gradient", nets["rate"])):
         table = nets.assign(growth=values).pivot(index="net_seed", columns="weight_var", values="growth")
         below, above = table[low.max()], table[high.min()]
-        crossing = log(low.max()) - below * log(high.min() / low.max()) / (above - below)
-        cells.append(cell(t_interval(np.exp(crossing) / critical - 1), growth=growth, predicted=critical))
-    return pd.DataFrame(cells)
+        crossing = np.exp(log(low.max()) - below * log(high.min() / low.max()) / (above - below))
+        found.append(pd.DataFrame({"value": crossing / critical - 1, "growth": of, "predicted": critical}))
+    return cells_by(pd.concat(found), ["growth", "predicted"], t_interval)
 
 
 def _mapped_ratio(rows: pd.DataFrame) -> pd.DataFrame:
     """How far ‖∇ by a logistic state‖ is from twice ‖∇ by the tanh state‖, hidden layers."""
     signals = pick(rows, "error_signal", part="mapped")
-    hidden = signals[signals["layer"] < signals["depth"]].pivot(index=["net_seed", "layer"], columns="start", values="value")
-    return pd.DataFrame([cell(greatest((hidden["mapped"] - hidden["tanh"] - log(2)).abs()), activation="sigmoid")])
+    hidden = signals[signals["layer"] < signals["depth"]].pivot(index=["layer", "net_seed"], columns="start", values="value").reset_index()
+    return cells_by(hidden.assign(value=(hidden["mapped"] - hidden["tanh"] - log(2)).abs()), ["layer"], greatest)
 
 
-def _mapped_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """The slope of ln‖g_l‖² against the distance from the loss, for the mapped and the usual start."""
-    rates = pick(rows, "rate", part="mapped").query("start != 'tanh'")
-    return pd.DataFrame([cell(t_interval(own["value"]), start=start) for start, own in rates.groupby("start")])
-
-
-def _mapped_accuracy(rows: pd.DataFrame, reference: str, coordinates: list[str]) -> pd.DataFrame:
-    """Test accuracy of the mapped net, trained in the given coordinates, minus that of a reference, paired by seed."""
+def _mapped_accuracy(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Test accuracy of the mapped net, trained in either's coordinates, minus that of a reference, paired by seed."""
     accuracy = pick(rows, "test_accuracy", part="mapped training").pivot(index="net_seed", columns="coordinates", values="value")
-    return pd.DataFrame([cell(paired_difference(accuracy[own], accuracy[reference]), coordinates=own) for own in coordinates])
+    return cells_by(accuracy[["tanh", "logistic"]].sub(accuracy[reference], axis=0).melt(), ["coordinates"], t_interval)
 
 
 def _courses(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each long training's lowest mean activation of the top hidden layer, the lowest in the first half, and the rise from the lowest."""
-    means = pick(rows, "activation_mean", part="long")
+    """The top hidden layer's 98th percentile in each long training: lowest in the first half, lowest, and the rise from there."""
+    layers = pick(rows, "activation_p98", part="long")
     courses = []
-    for (depth, seed), course in means[means["layer"] == means["depth"] - 1].groupby(["depth", "net_seed"]):
-        course = course.sort_values("step").set_index("step")["value"]
+    for (depth, seed), top in layers[layers["layer"] == layers["depth"] - 1].groupby(["depth", "net_seed"]):
+        course = top.sort_values("step").set_index("step")["value"]
         early, late = course[: course.index.max() / 2], course[course.idxmin() :]
-        accuracy = pick(rows, "test_accuracy", part="long", depth=depth, net_seed=seed).sort_values("step")["value"].iloc[-1]
-        of_course = {"lowest_early": early.min(), "lowest": course.min(), "rise": late.max() - course.min()}
-        courses.append({"hidden_layers": int(depth) - 1, "net_seed": seed, "learnt": accuracy >= LEARNT, **of_course})
+        where = {"hidden_layers": int(depth) - 1, "net_seed": seed, "steps": int(course.index.max())}
+        courses.append({**where, "lowest_early": early.min(), "lowest": course.min(), "rise": late.max() - course.min()})
     return pd.DataFrame(courses)
-
-
-def _course_cells(courses: pd.DataFrame, quantity: str, bound: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
-    """The extreme of a quantity over the long trainings of a depth."""
-    return pd.DataFrame([cell(bound(own[quantity]), hidden_layers=hidden) for hidden, own in courses.groupby("hidden_layers")])

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.sigmoid_saturation import BOUNDED, jacobian_nets, learning_nets
+from experiments.sigmoid_saturation import BOUNDED, SETTING, falls, jacobian_nets, learning_nets
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src import mean_field
 from src.rows import pick
@@ -33,9 +33,9 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Saturation, ‖J‖, χ and the gradient's growth of every setting with intervals, and the accuracy of its short training."""
     nets = jacobian_nets(rows)
     learning = learning_nets(rows)
-    accuracy = learning.groupby(["varied", "weight_var", "bias_var", "depth"])["test_accuracy"].mean()
+    accuracy = learning.groupby([*SETTING, "depth"])["test_accuracy"].mean()
     lines = []
-    for (varied, weight_var, bias_var), own in nets.groupby(["varied", "weight_var", "bias_var"], sort=False):
+    for (varied, weight_var, bias_var), own in nets.groupby(SETTING, sort=False):
         rate = t_interval(np.exp(own["rate"]))
         lines.append(
             {
@@ -57,13 +57,20 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _norms(axis: Axes, rows: pd.DataFrame) -> None:
     nets = jacobian_nets(rows)
+    regressions = falls(nets, ["varied"], "log_norm").set_index("varied")
     for k, (varied, label) in enumerate(VARIED.items()):
-        _against_saturation(axis, nets[nets["varied"] == varied], "norm", k, DASHES[k], label)
+        own, b = nets[nets["varied"] == varied], regressions.loc[varied]
+        slope = f"slope {b['estimate']:+.2f} ± {b['hi'] - b['estimate']:.2f}".replace("-", "−")
+        _against_saturation(axis, own, "norm", k, DASHES[k], f"{label}: {slope}")
+        shares = np.array([0, own["saturated"].max()])
+        line = own["log_norm"].mean() + b["estimate"] * (shares - own["saturated"].mean())
+        axis.plot(shares, np.exp(line), color="k", linewidth=0.7)
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
-    axis.set(xlabel="share of saturated units", ylabel="mean ‖J_l‖")
-    title(axis, "‖J‖ of nets saturated")
-    axis.legend(loc="best")
+    axis.set(xlabel="share of saturated units", ylabel="mean ‖J$_l$‖")
+    axis.set_ylim(top=4 * axis.get_ylim()[1])
+    title(axis, "black: regression of ln ‖J‖")
+    axis.legend(loc="upper left", handlelength=1.5)
 
 
 def _learning(axis: Axes, rows: pd.DataFrame) -> None:
@@ -72,7 +79,7 @@ def _learning(axis: Axes, rows: pd.DataFrame) -> None:
         _against_saturation(axis, nets, "test_accuracy", k, ":" if deeper else "-", f"{VARIED[varied][:6]}, L = {int(depth)}")
     axis.set(xlabel="share saturated at the start", ylabel="test accuracy", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
     title(axis, "short training, L weight layers")
-    axis.legend(loc="upper right", ncols=2, columnspacing=0.6, handlelength=1.3)
+    axis.legend(loc="upper right", ncols=2, columnspacing=0.4, handlelength=1.0)
 
 
 def _against_saturation(axis: Axes, nets: pd.DataFrame, quantity: str, k: int, style: Any, label: str) -> None:
@@ -120,23 +127,31 @@ def _mapped(axis: Axes, rows: pd.DataFrame) -> None:
         relative = (profile - profile.iloc[-1]).iloc[:-1]
         axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.6)
         axis.plot(relative.index, relative.mean(axis=1), DASHES[k], color=f"C{k}", label=label)
-    axis.set(xlabel="layer l", ylabel="ln ‖g_l‖ / ‖g_L‖ (nats)")
+    axis.set(xlabel="layer l", ylabel="ln ‖g$_l$‖ / ‖g$_L$‖ (nats)")
     title(axis, "one function, two nets")
     axis.legend(loc="best")
 
 
 def _course(axis: Axes, rows: pd.DataFrame) -> None:
-    course = rows[(rows["part"] == "long") & (rows["depth"] == rows.loc[rows["part"] == "long", "depth"].min())]
-    means = pick(course, "activation_mean")
-    tops = pick(course, "activation_p98")
-    layers = sorted(means["layer"].unique())
-    for k, layer in enumerate(layers):
-        own = means[means["layer"] == layer].pivot(index="step", columns="net_seed", values="value")
-        axis.plot(own.index, own, color=f"C{k}", alpha=0.3, linewidth=0.6)
-        axis.plot(own.index, own.mean(axis=1), DASHES[k], color=f"C{k}", label=f"layer {int(layer)}")
-    top = tops[tops["layer"] == layers[-1]].pivot(index="step", columns="net_seed", values="value").mean(axis=1)
-    axis.plot(top.index, top, ".", color=f"C{len(layers) - 1}", markersize=2.5, label=f"98th pct., {int(layers[-1])}")
+    long = rows[rows["part"] == "long"]
+    shallow, *deeper = sorted(long["depth"].unique())
+
+    def course(quantity: str, depth: float, layer: float) -> pd.DataFrame:
+        own = pick(long, quantity, depth=depth, layer=layer)
+        return own.pivot(index="step", columns="net_seed", values="value")
+
+    for k in range(int(shallow) - 1):
+        means = course("activation_mean", shallow, k + 1)
+        axis.plot(means.index, means, color=f"C{k}", alpha=0.3, linewidth=0.6)
+        axis.plot(means.index, means.mean(axis=1), DASHES[k], color=f"C{k}", label=f"layer {k + 1}")
+    low, middle, high = (course(f"activation_p{percentile}", shallow, shallow - 1).mean(axis=1) for percentile in (2, 50, 98))
+    top = f"C{int(shallow) - 2}"
+    axis.fill_between(low.index, low, high, color=top, alpha=0.12, linewidth=0, label="its 2nd–98th pct.")
+    axis.plot(middle.index, middle, ".", color=top, markersize=2.5, label="its median")
+    for depth in deeper:
+        tops = course("activation_p98", depth, depth - 1)
+        axis.plot(tops.index, tops.mean(axis=1), color="k", linewidth=0.9, label=f"98th pct., top of {int(depth) - 1}")
     axis.set_xscale("symlog", linthresh=10)
-    axis.set(xlabel="training step (batches of 10)", ylabel="mean activation", ylim=(0, 1))
-    title(axis, f"training {len(layers)} hidden layers")
+    axis.set(xlabel="training step (batches of 10)", ylabel="activation", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
+    title(axis, f"{int(shallow) - 1} hidden layers, means")
     axis.legend(loc="upper left", ncols=2, columnspacing=0.8, handlelength=1.5)

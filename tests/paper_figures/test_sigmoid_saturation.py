@@ -33,4 +33,4 @@ def test_the_course_is_that_of_the_fewest_layers(tmp_path: Path) -> None:
     figure = draw(NAME, rows)
     check_panels(figure)
     labels = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
-    assert labels == ["layer 1", "layer 2", "layer 3", "layer 4", "98th pct., 4"]
+    assert labels == [*(f"layer {k}" for k in (1, 2, 3, 4)), "its 2nd–98th pct.", "its median", "98th pct., top of 5"]
