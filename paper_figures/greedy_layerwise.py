@@ -164,7 +164,7 @@ def _cost(axis: Axes, points: pd.DataFrame) -> None:
         axis.plot(nets["multiply-adds"], nets["value"], alpha=0.5, markersize=3, **{**look, "linestyle": "none"})
     axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="multiply-adds (backprop ✕ = 1)", ylabel="test accuracy", ylim=(0, 1))
-    title(axis, "accuracy and cost")
+    title(axis, "cost where not locked")
 
 
 def _sizes(rows: pd.DataFrame) -> list[int]:
