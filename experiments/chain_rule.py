@@ -100,11 +100,12 @@ def _net(config: Config, kind: Kind, depth: int, conv_width: int, **changes: Any
 
 
 def _random(config: Config) -> list[tuple[ModelConfig, int]]:
-    """Chains of every kind and activation with their seeds; depth and σw² go round with the seed."""
+    """Chains of every kind and activation with their seeds, fewer of the convolutional ones; depth and σw² go round with the seed."""
     grid, chains = config.grid, []
-    for kind, activation, seed in product(KINDS, grid.activations, range(grid.certified_seeds)):
-        depth, weight_var = grid.depths[seed % len(grid.depths)], grid.weight_vars[seed % len(grid.weight_vars)]
-        chains.append((_net(config, kind, depth, grid.conv_width, activation=activation, weight_var=weight_var), seed))
+    for kind, activation in product(KINDS, grid.activations):
+        for seed in range(grid.certified_seeds if kind[0] in CONVOLUTIONAL else grid.seeds):
+            depth, weight_var = grid.depths[seed % len(grid.depths)], grid.weight_vars[seed % len(grid.weight_vars)]
+            chains.append((_net(config, kind, depth, grid.conv_width, activation=activation, weight_var=weight_var), seed))
     return chains
 
 
@@ -133,16 +134,15 @@ def _compared(context: Context, network: nn.Sequential, reversible: bool = False
 def _coupled(config: Config) -> list[tuple[ModelConfig, int, int]]:
     """Chains of every kind with batch normalisation, the batch on which they are one operator, and their seeds.
 
-    Convolutional ones, whose operators are the largest, have one channel and one seed, and see the smallest batch.
+    Convolutional ones, whose operators are the largest, have one channel and see the smallest batch.
     """
     grid, chains = config.grid, []
     for kind in KINDS:
         family, _, norm = kind
-        small = family in CONVOLUTIONAL
-        sizes, seeds = ([min(grid.batch_sizes)], 1) if small else (grid.batch_sizes, grid.certified_seeds)
+        sizes = [min(grid.batch_sizes)] if family in CONVOLUTIONAL else grid.batch_sizes
         if norm == "batch":
             net = _net(config, kind, min(grid.depths), 1, activation="tanh")
-            chains += [(net, size, seed) for size, seed in product(sizes, range(seeds))]
+            chains += [(net, size, seed) for size, seed in product(sizes, range(grid.certified_seeds))]
     return chains
 
 

@@ -7,6 +7,7 @@ trains and where it is locked, α, k and a fading α varied.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from src import mean_field
-from src.config import Config, Criterion, ModelConfig, require
+from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.models.exits import MultiExit
@@ -58,6 +59,7 @@ class Supervision:
 
 
 PLAIN = Supervision(0.0, 0, "none")
+CONTROLLED = 6.0  # nats that ‖g‖² loses: beyond, L > 6ξ, plain training is also tried with the learning rate of all losses together
 # how convolutional nets are trained: without exits, deeply supervised, and with a single exit half-way as Inception-v3 has it
 CONVOLUTIONAL = (PLAIN, Supervision(0.03, 1, "fading"), Supervision(0.3, 4, "constant"))
 DSN_ERROR = {"cifar10": 9.69}  # by data set, in percent, without augmentation (Lee et al. 2015)
@@ -215,22 +217,28 @@ def _trained(context: Context) -> list[tuple[ModelConfig, Supervision]]:
     usual = replace(config.model, family="vgg", depth=8, activation="relu", weight_var=2.0, bias_var=0.0, norm="batch")
     widths = grid.conv_widths if context.data.name in DSN_ERROR else []
     return [
-        *((model, s) for model in _chains(config, grid.train_weight_vars, grid.train_depths) for s in _settings(config, model.depth)),
+        *((model, s) for model in _chains(config, grid.train_weight_vars, grid.train_depths) for s in _settings(config, model)),
         *((replace(usual, width=width), setting) for width in widths for setting in CONVOLUTIONAL),
     ]
 
 
-def _settings(config: Config, depth: int) -> Iterator[Supervision]:
+def _settings(config: Config, model: ModelConfig) -> Iterator[Supervision]:
     """No exit; α at k = 1, beside plain training whose learning rate has the factor 1 + Σα_l; k and a fading α at the largest α."""
-    grid, largest = config.grid, max(config.grid.exit_weights)
+    grid, depth, largest = config.grid, model.depth, max(config.grid.exit_weights)
     yield PLAIN
     for alpha in grid.exit_weights:
         yield Supervision(alpha, 1, "constant")
-        yield replace(PLAIN, boost=total_weight(alpha, 1, depth))
+        if depth * _loss(model.activation, model.weight_var, model.bias_var) > CONTROLLED:
+            yield replace(PLAIN, boost=total_weight(alpha, 1, depth))
     for every in grid.exit_spacings:
         if 1 < every < depth:
             yield Supervision(largest, every, "constant")
     yield Supervision(largest, 1, "fading")
+
+
+def _loss(activation: Activation, weight_var: float, bias_var: float) -> float:
+    """−ln χ, the nats that ‖g‖² loses a layer on its way back (Schoenholz et al. 2017)."""
+    return -math.log(mean_field.chi(activation, weight_var, bias_var))
 
 
 def total_weight(alpha: float, every: int, depth: int) -> float:
@@ -354,9 +362,10 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_losses(nets: pd.DataFrame) -> pd.DataFrame:
-    """The nets beside the nats that ‖g‖² loses: `loss` = −ln χ a layer (Schoenholz et al. 2017), `vanished` = −L ln χ along the chain."""
-    chi = {at: mean_field.chi(*at) for at in set(nets[THEORY].itertuples(index=False, name=None))}
-    loss = -np.log([chi[at] for at in nets[THEORY].itertuples(index=False, name=None)])
+    """The nets beside the nats that ‖g‖² loses: `loss` = −ln χ a layer, `vanished` = −L ln χ along the chain."""
+    theory = list(nets[THEORY].itertuples(index=False, name=None))
+    found = {at: _loss(*at) for at in set(theory)}
+    loss = np.array([found[at] for at in theory])
     return nets.assign(loss=loss, vanished=loss * nets["depth"])
 
 

@@ -68,6 +68,7 @@ def test_there_are_two_hundred_random_chains_of_every_kind(scale: str) -> None:
     chains = claim._random(config(NAME, f"scale={scale}"))
     assert len({(model, seed) for model, seed in chains}) == len(chains) >= 200
     assert {(model.family, model.skip, model.norm) for model, _ in chains} == set(claim.KINDS)
+    assert sum(model.family in claim.CONVOLUTIONAL for model, _ in chains) >= 8 * 4
     assert {model.activation for model, _ in chains} == {"linear", "tanh", "sigmoid", "relu"}
     assert {model.family for model, _ in chains} == set(ModelConfig.__annotations__["family"].__args__)
     coupled = {(model.family, model.skip) for model, _, _ in claim._coupled(config(NAME, f"scale={scale}"))}
@@ -77,7 +78,7 @@ def test_there_are_two_hundred_random_chains_of_every_kind(scale: str) -> None:
 def test_every_chain_has_a_gradient_and_rounds_it() -> None:
     """A dead chain would obey every form: its errors would be exactly nothing."""
     errors = pick(small_rows(NAME), "error")
-    assert len(pick(errors, "error", part="per sample")) == len(claim.KINDS) * 2
+    assert len(pick(errors, "error", part="per sample")) == len(claim.KINDS) * 2  # seeds of one activation
     assert (errors["value"] > 0).all()
 
 
