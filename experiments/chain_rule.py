@@ -41,7 +41,7 @@ QUANTITIES = {
     "error": "‖∇θ_l by the product − ∇θ_l by autograd‖ / ‖∇θ_l by autograd‖, the worst sample and stage of a chain",
     "error_own": "the same with the samples' own Jacobians ∂H_k[n]/∂H_{k−1}[n] alone, under train-mode batch normalisation",
     "error_without_parameters": "|‖(∏ J_kᵀ) g_L‖ − ‖∇θ_l‖| / ‖∇θ_l‖, the worst sample and stage of a chain",
-    "error_reversed": "relative error of ∇θ_1 with the hidden factors in decreasing order of k, the best sample of a chain",
+    "error_reversed": "relative error of ∇θ_1 with the hidden factors in decreasing order of k, the best sample that has a gradient",
     "kept_rank": "numerical rank (float64) of a product of layer Jacobians over the least rank of a factor, mean over samples",
 }
 FAMILIES: dict[Family, tuple[tuple[Skip, ...], tuple[Norm, ...]]] = {
@@ -127,7 +127,10 @@ def _compared(context: Context, network: nn.Sequential, reversible: bool = False
     if reversible:
         readout, *hidden = jacobians
         *_, turned = pulled_back([readout, *hidden[::-1]], links[0])
-        found["error_reversed"] = float(errors(links[-1], turned, truth[-1]).min())
+        # nothing in any order is nothing: a sample without a gradient tells nothing of it
+        wrong = errors(links[-1], turned, truth[-1])[truth[-1].any(1)]
+        if len(wrong):
+            found["error_reversed"] = float(wrong.min())
     return found
 
 
