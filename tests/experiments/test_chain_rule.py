@@ -1,5 +1,7 @@
 """chain_rule: the product against naive references, the coupling of samples, the order of the factors, the rank of long products."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch.nn.functional import cross_entropy
 from experiments import chain_rule as claim
 from src.chain import cut
 from src.config import ModelConfig
+from src.data.load import Split
 from src.jacobian.materialised import layer_jacobian
 from src.rows import pick
-from tests.experiments.measured import config, put, small_rows, verdicts
+from tests.experiments.measured import config, put, small_context, small_rows, verdicts
 from tests.jacobian import naive
 from tests.jacobian.networks import SMALL as STAGES
 from tests.jacobian.networks import normal, seeded, small
@@ -181,6 +184,23 @@ def test_lyapunov_exponents_of_gaussian_matrices() -> None:
 def test_a_dead_gradient_is_no_error_of_nothing() -> None:
     found = claim.relative(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 2.0, 0.0]))
     assert found.tolist() == [0.0, 0.5, float("inf")]
+
+
+def test_a_sample_without_a_gradient_tells_nothing_of_the_order() -> None:
+    """A loss of exactly 0 has none: with a large readout bias, first the sample of one class, then both, labelled alike."""
+    lab = small_context(NAME)
+    network = lab.network(claim._net(lab.config, ("mlp", "none", "none"), 4, 1, activation="tanh"), 0)
+    targets = lab.samples(lab.data.test, 2)[1]
+    assert targets[0] != targets[1]
+    assert claim._compared(lab, network, reversible=True)["error_reversed"] > 0.1
+    with torch.no_grad():
+        network.readout.bias[targets[0]] += 1e3
+    assert claim._compared(lab, network, reversible=True)["error_reversed"] > 0.1
+    relabelled = Split(lab.data.test.images, torch.full_like(lab.data.test.labels, int(targets[0])))
+    one_class = replace(lab, data=replace(lab.data, test=relabelled))
+    found = claim._compared(one_class, network, reversible=True)
+    assert "error_reversed" not in found
+    assert found["error"] == 0
 
 
 def test_the_samples_own_loss_is_the_reference() -> None:
