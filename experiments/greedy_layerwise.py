@@ -42,6 +42,7 @@ QUANTITIES = {
     "separation": "½ ln of the share of Σ‖h‖² of the last hidden layer that differs between images, nats: 0 or less",
     "parameters": "parameters of the chain",
     "auxiliary_parameters": "parameters of the heads, which are thrown away after training",
+    "learning_rate": "that the loss was found to train best at, on a network of which nothing else is measured",
     "multiply_adds": "multiply-adds of the matrix products and convolutions of the whole training",
     "train_accuracy": "share of training images told right",
     "test_accuracy": "share of test images told right",
@@ -180,13 +181,13 @@ def _trainings(context: Context) -> Iterator[Row]:
         for rule, seed in product(_rules(config, model), range(config.grid.train_seeds)):
             network, training = context.network(model, seed), replace(config.training, lr=rates[rule.loss])
             blocks = _applied(context, rule, network, model, seed)
-            where = {"part": "training", "chain": chain, "rate": training.lr, **network_columns(model, seed), **asdict(rule)}
+            where = {"part": "training", "chain": chain, **network_columns(model, seed), **asdict(rule)}
             before, after = ({"moment": moment, **where} for moment in ("before", "after"))
             if rule.loss == "backprop":
                 yield from measured(before, **_flows(context, network))
             yield from _gradients(context, blocks, rule, before)
             outcome = _train(context, blocks, rule, training, f"{chain}, depth {model.depth}, {_named(rule)}", seed)
-            yield from measured(where, **outcome)
+            yield from measured(where, learning_rate=training.lr, **outcome)
             if not outcome["diverged"]:
                 yield from measured(after, **_flows(context, network))
                 yield from _gradients(context, blocks, rule, after)

@@ -45,9 +45,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of every rule in every chain, and what it takes, also in units of backpropagation."""
     at = ["depth", *RULE]
     costs = pd.concat([_costs(rows[rows["depth"] == depth]).assign(depth=depth) for depth in pick(rows, "multiply_adds")["depth"].unique()])
-    groups = pick(rows, "test_accuracy", part="training").groupby(["chain", *at], sort=False)
-    lines = groups["value"].agg(["mean", "min", "max", "size"]).join(groups["rate"].first()).reset_index().merge(costs, on=at)
-    names = {"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds", "rate": "learning rate"}
+    by_rule = ["chain", *at]
+    accuracies = pick(rows, "test_accuracy", part="training").groupby(by_rule, sort=False)["value"]
+    rates = pick(rows, "learning_rate", part="training").groupby(by_rule, sort=False)["value"]
+    lines = accuracies.agg(["mean", "min", "max", "size"]).join(rates.first()).reset_index().merge(costs, on=at)
+    names = {"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds", "value": "learning rate"}
     relative = {column: f"{column} / backprop" for column in ("multiply-adds", "parameters with heads")}
     return lines.rename(columns=names | COSTS | relative)
 
@@ -105,14 +107,21 @@ def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
 
 
 def _over_blocks(axis: Axes, values: pd.DataFrame) -> None:
-    """Every seed of every rule against the layers a block, and means with their t-intervals."""
+    """Every seed of every rule against the layers a block, and means with their t-intervals; −∞ at the lower edge, and then no mean."""
     for place, nets, look in _kinds(values):
-        x = nets["block"] + 0.06 * (place - 2.5)
-        axis.plot(x, nets["value"], color=look["color"], marker=look["marker"], linestyle="none", alpha=0.3, markersize=2.5)
-        means = nets.groupby("block")["value"]
+        nets = nets.assign(x=nets["block"] + 0.06 * (place - 2.5), finite=np.isfinite(nets["value"]))
+        single = {"color": look["color"], "linestyle": "none", "alpha": 0.3}
+        known = nets[nets["finite"]]
+        axis.plot(known["x"], known["value"], marker=look["marker"], markersize=2.5, **single)
+        if not nets["finite"].all():
+            nothing = nets[~nets["finite"]]
+            axis.plot(nothing["x"], np.zeros(len(nothing)), marker="v", clip_on=False, transform=axis.get_xaxis_transform(), **single)
+        means = known[known.groupby("x")["value"].transform("size") == known["x"].map(nets.groupby("x").size())].groupby("x")["value"]
+        if not len(means):
+            continue
         low, high = np.array([t_error(np.array(seeds)) for _, seeds in means]).T
-        mean, at = means.mean(), np.unique(x)
-        axis.errorbar(at, mean, [mean - low, high - mean], elinewidth=0.8, markersize=3, **look)
+        mean = means.mean()
+        axis.errorbar(mean.index, mean, [mean - low, high - mean], elinewidth=0.8, markersize=3, **look)
     axis.set_xticks(_sizes(values))
     axis.set(xlabel=K)
 
@@ -141,7 +150,7 @@ def _lock(axis: Axes, flows: pd.DataFrame) -> None:
     axis.set(ylabel="ln ‖g_1‖/‖g_{L−1}‖ (nats)")
     axis.set_ylim(top=100)
     axis.legend(handles=axis.get_lines()[-2:], loc="upper right")
-    title(axis, "locked backwards, trained")
+    title(axis, "the same, trained; ▼: −∞")
 
 
 def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: str) -> None:

@@ -47,7 +47,7 @@ def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
     if not any(argument.startswith("experiment=") for argument in command):
         return command
     # no axis is every experiment's own
-    small = ("scale=smoke",) if "experiment=glob(*)" in command else SMALL
+    small = ("scale=smoke", "data=digits") if "experiment=glob(*)" in command else SMALL
     return [*command, f"results_dir={results}", *small, *OFFLINE]
 
 
@@ -83,7 +83,7 @@ def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> No
 
 def test_every_experiment_ends_in_verdicts(results: Path) -> None:
     """After the sweep over all of them."""
-    done = {folder.parent.parent.parent.name for folder in results.glob("*/*/smoke/*") if (folder / "verdicts.json").is_file()}
+    done = {folder.parent.parent.parent.name for folder in results.glob("*/digits/smoke/*") if (folder / "verdicts.json").is_file()}
     assert done >= {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
 
 

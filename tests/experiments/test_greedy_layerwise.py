@@ -269,12 +269,12 @@ def test_every_block_size_and_local_loss_is_trained_both_ways() -> None:
 
 def test_every_loss_is_trained_at_the_rate_that_tells_most_training_images_right() -> None:
     rows = small_rows(NAME)
-    tried, trained = rows[rows["part"] == "rates"], pick(rows, "test_accuracy", part="training")
+    tried, trained = rows[rows["part"] == "rates"], pick(rows, "learning_rate", part="training")
     keys = ["chain", "depth", "loss"]
     assert set(tried["rate"]) == {0.05, 0.5}
     assert set(tried["net_seed"]).isdisjoint(trained["net_seed"])
     best = tried.loc[tried.groupby(keys)["value"].idxmax()].set_index(keys)["rate"]
-    assert trained.groupby(keys)["rate"].unique().map(list).to_dict() == best.map(lambda rate: [rate]).to_dict()
+    assert trained.groupby(keys)["value"].unique().map(list).to_dict() == best.map(lambda rate: [rate]).to_dict()
     assert len(set(best)) == 2
 
 

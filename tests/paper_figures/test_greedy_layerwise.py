@@ -56,3 +56,20 @@ def test_the_lock_is_drawn_before_and_after_training(tmp_path: Path) -> None:
     flows = pick(rows, "flow", chain="vanishing", depth=4, loss="backprop").groupby("moment")["value"].mean()
     assert (drawn["before training"], drawn["backprop"]) == pytest.approx((flows["before"], flows["after"]))
     assert drawn["locked below"] == THOUSANDTH
+
+
+def test_a_chain_that_passes_nothing_is_marked_at_the_edge(tmp_path: Path) -> None:
+    """One of two seeds, so that there is no interval; then all of them."""
+    rows = read(NAME, tmp_path)
+    trained = rows[(rows["quantity"] == "flow") & (rows["chain"] == "vanishing") & (rows["moment"] == "after") & (rows["loss"] == "sim")]
+    for lost in (trained[trained["net_seed"] == 0], trained):
+        changed = rows.copy()
+        changed.loc[lost.index, "value"] = -np.inf
+        figure = draw(NAME, changed)
+        (panel,) = [axis for axis in figure.axes if axis.get_label() == "f"]
+        marks = [
+            line for line in panel.get_lines() if line.get_marker() == "v" and line.get_linestyle() == "None" and not line.get_clip_on()
+        ]
+        deepest = lost[(lost["depth"] == rows["depth"].max()) & (lost["hidden"] == 0)]
+        assert sum(len(line.get_xdata()) for line in marks) == len(deepest) > 0
+        assert not any(np.isinf(np.asarray(line.get_ydata(), dtype=float)).any() for line in panel.get_lines())
