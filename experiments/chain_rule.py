@@ -239,16 +239,20 @@ def _multiplied(context: Context, network: nn.Sequential) -> dict[int, float]:
 
 
 def kept_ranks(jacobians: Sequence[Tensor]) -> Iterator[tuple[int, float]]:
-    """Rank of the product of the first m square Jacobians over the least rank among them, m a power of two; mean over samples."""
+    """Rank of the product of the first m square Jacobians over the least rank among them, m a power of two; mean over samples.
+
+    A sample that a dead layer leaves no rank has none to lose: it keeps all.
+    """
     first = jacobians[0]
     least_rank, matrices = spectrum(first).rank, torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
     for factors, J in enumerate(jacobians, start=1):
         matrices = J.mT @ matrices
         # a scalar leaves the rank as it is; unscaled, long products leave the range of floats
-        matrices = matrices / torch.linalg.matrix_norm(matrices, keepdim=True)
+        norm = torch.linalg.matrix_norm(matrices, keepdim=True)
+        matrices = matrices / torch.where(norm > 0, norm, 1)
         least_rank = torch.minimum(spectrum(J).rank, least_rank)
         if factors.bit_count() == 1:
-            yield factors, float((spectrum(matrices).rank / least_rank).mean())
+            yield factors, float(torch.where(least_rank > 0, spectrum(matrices).rank / least_rank, 1).mean())
 
 
 def predicted_kept_rank(width: int, factors: float) -> float:

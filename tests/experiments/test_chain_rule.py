@@ -162,6 +162,15 @@ def test_the_kept_rank_is_that_of_the_naive_product() -> None:
     assert found[32] < found[1] == 1
 
 
+def test_a_dead_layer_leaves_no_rank_to_lose() -> None:
+    """Of two samples one loses everything at the second factor, the other half of its rank there."""
+    eye, half = torch.eye(4, dtype=torch.float64), torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    turned = torch.flip(half, (0, 1))
+    samples = [[eye, 0 * eye, eye, eye], [half, turned, eye, eye]]
+    found = dict(claim.kept_ranks([torch.stack(factors) for factors in zip(*samples, strict=True)]))
+    assert found == {1: 1.0, 2: 0.5, 4: 0.5}
+
+
 def test_two_by_two_gaussian_products_lose_a_direction_after_51_factors() -> None:
     """λ_1 − λ_2 = ½(ψ(1) − ψ(½)) = ln 2 and nε = 2⁻⁵¹."""
     assert [claim.predicted_kept_rank(2, m) for m in (1, 50.9, 51.1)] == [1, 1, 0.5]
