@@ -156,19 +156,20 @@ def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
     alive = active.all(1)
     rank = active.sum(1)
     tolerance = max(J.weight.shape) * torch.finfo(s.dtype).eps * top.value
+    rounding = 4 * tolerance  # of the factorisation and of the products with L, in every singular value
     smallest = torch.zeros_like(top.value)
     if alive.any():
         smallest[alive] = 1 / inverse_norm(L, s[alive], start[alive]).value
     if not alive.all():
         least = torch.where(active, s.abs(), torch.inf).amin(1) / inverse_norm(L, torch.ones_like(s[:1]), start[:1]).value
-        if (least[~alive] <= 4 * tolerance[~alive]).any():
+        if (least[~alive] <= rounding[~alive]).any():
             return None
-    if (smallest[alive] <= 4 * tolerance[alive]).any():
+    if (smallest[alive] <= rounding[alive]).any():
         return None
     return Extremes(
         norm=top.value,
-        norm_lo=top.value - tolerance,
-        norm_hi=torch.minimum(top.upper(1e-6), (s.square() @ L.square().sum(1)).sqrt() + tolerance),
+        norm_lo=top.value - rounding,
+        norm_hi=torch.minimum(top.upper(1e-6), (s.square() @ L.square().sum(1)).sqrt() + rounding),
         smallest=smallest,
         rank=rank,
         rank_lo=rank,
