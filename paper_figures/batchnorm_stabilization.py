@@ -141,7 +141,7 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="depth L (weight layers)", ylabel="train accuracy", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
-    title(axis, f"after {accuracy['steps'].max():.0f} steps; dotted: L = 50")
+    title(axis, f"{accuracy['steps'].max():.0f} steps; dotted: L = 50")
     batches = enumerate(sorted(accuracy["batch"].unique()))
     sizes = [Line2D([0], [0], color="k", linestyle=cast(Any, DASHES[j]), label=f"N = {n:.0f}") for j, n in batches]
     chains, _ = axis.get_legend_handles_labels()

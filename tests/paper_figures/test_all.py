@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_the_table_is_drawn_from_the_rows_alone(name: str, tmp_path: Path) -> No
     assert not table.empty
     assert len(table.select_dtypes("number").columns) > 0
     assert rows.equals(read(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_title_of_the_committed_figures_is_cut_off_or_runs_into_the_next(name: str) -> None:
+    figure = draw(name, row_table.read(HERE / "reference" / f"{name}.parquet"))
+    figure.draw_without_rendering()
+    titles = [axis._left_title.get_window_extent() for axis in figure.axes]
+    assert all(box.x1 <= figure.bbox.x1 for box in titles)
+    assert not [(one, other) for one, other in combinations(titles, 2) if one.overlaps(other)]
 
 
 @pytest.mark.parametrize("name", NAMES)
