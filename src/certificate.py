@@ -20,13 +20,14 @@ from src import paths
 from src.chain import BatchNormMode, cut, require_finite
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
+from src.jacobian.backpropagated import Backpropagated, Call
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
 from src.jacobian.product import Product
 from src.jacobian.structured import Dense, dense
-from src.locking import Link, Loss, lock_condition, saturation, severity, walk_back
+from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, walk_back
 from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
-from src.spectrum import Extremes, spectrum
+from src.spectrum import Extremes, Known, spectrum, weakest
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
@@ -51,8 +52,11 @@ class Certificate:
         conditioning: max_l cond J_l, a sample; inf where a J_l is rank-deficient, NaN where one is not known and none is deficient.
         skip_depth: the fewest weight layers between the loss and H_1.
         depth: the most.
-        layers: a row per (sample, stage): sample, stage, index, norm, norm_lo, norm_hi, sigma_min, rank, rank_lo, rank_hi, cond,
-            method, error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
+        layers: a row per (sample, stage): sample, stage, index; norm (σ₁), sigma_min, rank and cond, each with _lo, _hi and _known: "exact"
+            within the backward error, "enclosed" for certain, or "estimated" with probability 1 − 1e-6; cond_active, of the singular values
+            above τ alone; tau; stable_rank; rank_structural, which no rank exceeds; rank_backprop and backprop_error (‖J' − J‖_F/‖J‖_F), of
+            the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method ("exact", "factorised",
+            "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
@@ -107,6 +111,24 @@ class Certificate:
             frame["holds" + form] = slack >= -ROUNDING
         return frame.rename_axis("sample").reset_index()
 
+    def known(self) -> pd.DataFrame:
+        """The measured entries of K_back, each with its interval and how it is known; from those of the stages.
+
+        Returns: a row a (sample, entry): sample, entry ("log_attenuation", "rank", "conditioning"), value, lo, hi, known.
+        """
+        logs = {side: self.layers[f"norm{side}"].map(_log) for side in ("", "_lo", "_hi")}
+        stages = self.layers.assign(**{f"log{side}": column for side, column in logs.items()}).groupby("sample")
+        entries = {
+            "log_attenuation": ("norm", stages["log_lo"].sum(), stages["log_hi"].sum(), self.log_attenuation),
+            "rank": ("rank", stages["rank_lo"].min(), stages["rank_hi"].min(), self.rank),
+            "conditioning": ("cond", stages["cond_lo"].max(), stages["cond_hi"].agg(_greatest), self.conditioning),
+        }
+        tables = [
+            pd.DataFrame({"entry": entry, "value": value.numpy(), "lo": lo, "hi": hi, "known": stages[f"{column}_known"].agg(weakest)})
+            for entry, (column, lo, hi, value) in entries.items()
+        ]
+        return pd.concat(tables).reset_index()
+
     def to_dict(self) -> dict[str, Any]:
         """K_back as plain numbers and lists."""
         return {
@@ -130,22 +152,41 @@ class Certificate:
             for _, sample in self.layers.groupby("sample"):
                 axis.plot(sample["index"], sample[column], color="C0", alpha=0.5, marker=".")
             axis.set(xlabel="stage l", title=label, yscale="linear" if column == "rank" else "log")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         return figure
 
     def __str__(self) -> str:
-        """The certificate as a table: a row a stage, medians over samples."""
+        """The certificate as a table: a row a stage, medians over samples; the rank as structural, numerical and backpropagated."""
         table = Table(
             title=f"K_back on {len(self.rank)} samples: ln ∏‖J‖ = {self.log_attenuation.median():.3g} (median), "
             f"min rank {self.rank.min()}, max cond {self.conditioning.max():.3g}, skip depth {self.skip_depth} of {self.depth}"
         )
         medians = self.layers.groupby("index").median(numeric_only=True)
-        for column in ("stage", "‖J‖", "σ_min", "rank", "cond", "‖g‖", "‖∇θ‖", "saturated", "λ", "λ≠0", "rank ∇θ/free", "locked"):
+        for column in (
+            "stage",
+            "‖J‖",
+            "σ_min",
+            "rank s/n/b",
+            "cond",
+            "active",
+            "‖g‖",
+            "‖∇θ‖",
+            "saturated",
+            "λ",
+            "λ≠0",
+            "rank ∇θ/free",
+            "locked",
+        ):
             table.add_column(column, justify="left" if column == "stage" else "right")
         for stage in self.severity.itertuples():
             m = medians.loc[stage.index]
-            numbers = [m["norm"], m["sigma_min"], m["rank"], m["cond"], m["error_norm"], m["grad_norm"], m["saturation"]]
+            ranks = "/".join(f"{m[column]:.0f}" for column in ("rank_structural", "rank", "rank_backprop"))
+            numbers = [m["cond"], m["cond_active"], m["error_norm"], m["grad_norm"], m["saturation"]]
             table.add_row(
                 stage.stage,
+                f"{m['norm']:.3g}",
+                f"{m['sigma_min']:.3g}",
+                ranks,
                 *(f"{number:.3g}" for number in [*numbers, stage[self.severity.columns.get_loc("lambda") + 1], stage.lambda_nonzero]),
                 f"{stage.gradient_rank}/{stage.free_rank}",
                 "yes" if stage.locked else "no",
@@ -190,8 +231,10 @@ def certify(
         raise UserError(f"certify: batch_norm={batch_norm!r}; use 'eval' or 'train'")
     if method not in get_args(Method):
         raise UserError(f"certify: method={method!r}; use 'auto', 'exact' or 'matrix_free'")
+    require_pairs(inputs, targets)
     chain = cut(model, stages, dtype, batch_norm)
     layers, severities, known = [], [], []
+    trained = _as_trained(model, inputs, stages, batch_norm)
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     product: Product | None = None
     buffers = state_of(chain)
@@ -200,13 +243,15 @@ def certify(
         start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
         check_stage(link, probe, start)
         structure = dense(link.stage, link.inputs)
-        found = _extremes(link, structure, method, start.flatten(1))
+        rough = trained[link.index - 1]
+        found, jacobians = _extremes(link, structure, method, start.flatten(1), rough)
+        backpropagated = Backpropagated.of(found, jacobians, rough, structure)
         if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
             product = Product.behind(probe)
         if product is not None:
             product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
         norms, gradients, free = _gradients(link, structure, probe)
-        layers.append(_layer_rows(link, found, norms))
+        layers.append(_layer_rows(link, found, backpropagated, norms))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
 
@@ -228,18 +273,30 @@ def certify(
     )
 
 
-def _extremes(link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"]) -> Extremes:
-    """What is known of the Jacobians of a stage, by the cheapest method that is allowed."""
+def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequence[str] | None, batch_norm: BatchNormMode) -> list[Call]:
+    """The stages as training differentiates them, in the model's own dtype, each with its inputs."""
+    own = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
+    chain = cut(model, stages, own, batch_norm, backpropagated=True)
+    own_inputs = inputs.detach().to(own).contiguous()
+    return [*zip(chain.stages, chain.states(own_inputs.unsqueeze(0) if chain.on_batch else own_inputs), strict=False)]
+
+
+def _extremes(
+    link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"], rough: Call
+) -> tuple[Extremes, Float[Tensor, "n m d"] | None]:
+    """What is known of the Jacobians of a stage, by the cheapest method that is allowed, and they themselves if they were written out."""
     n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
     if method == "auto" and structure is not None and m <= d and n * m * d * m > FACTORISED:
         found = structured.extremes(structure, start[:, :m])
         if found is not None:
-            return found
+            return found, None
     if writes_out(link, method):
         J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
         require_finite(J, f"the Jacobian of stage '{link.name}'")
-        return Extremes.of(spectrum(J))
-    return matrix_free.extremes(link.stage, link.inputs, start)
+        lines = [(J != 0).any(axis).sum(1) for axis in (1, 2)]
+        return Extremes.of(spectrum(J), max(m, d), torch.minimum(*lines)), J
+    single = rough if rough[1].dtype == torch.float32 != link.inputs.dtype else None
+    return matrix_free.extremes(link.stage, link.inputs, start, single), None
 
 
 def _gradients(
@@ -253,17 +310,19 @@ def _gradients(
     return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
 
 
-def _layer_rows(link: Link, found: Extremes, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:
+def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:
     log_grad_norm = gradient_norms.log() + link.signal.log_norm
     columns = {
-        "norm": found.norm,
-        "norm_lo": found.norm_lo,
-        "norm_hi": found.norm_hi,
-        "sigma_min": found.smallest,
-        "rank": found.rank,
-        "rank_lo": found.rank_lo,
-        "rank_hi": found.rank_hi,
-        "cond": found.condition,
+        **_sides("norm", found.norm),
+        **_sides("sigma_min", found.smallest),
+        **_sides("rank", found.rank),
+        **_sides("cond", found.condition),
+        "cond_active": found.active_condition.value,
+        "tau": found.tolerance,
+        "stable_rank": found.stable_rank,
+        "rank_structural": found.structural,
+        "rank_backprop": backpropagated.rank,
+        "backprop_error": backpropagated.error,
         "method": found.method,
         "error_norm": link.signal.log_norm.exp(),
         "grad_norm": log_grad_norm.exp(),
@@ -273,7 +332,11 @@ def _layer_rows(link: Link, found: Extremes, gradient_norms: Float[Tensor, " n"]
         "log_grad_norm": log_grad_norm,
     }
     numbers = {column: value.cpu().numpy() if isinstance(value, Tensor) else value for column, value in columns.items()}
-    return pd.DataFrame({"sample": range(len(found.norm)), "stage": link.name, "index": link.index, **numbers})
+    return pd.DataFrame({"sample": range(len(gradient_norms)), "stage": link.name, "index": link.index, **numbers})
+
+
+def _sides(name: str, known: Known) -> dict[str, Tensor | str]:
+    return {name: known.value, f"{name}_lo": known.lo, f"{name}_hi": known.hi, f"{name}_known": known.how}
 
 
 def writes_out(link: Link, method: Method) -> bool:

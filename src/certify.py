@@ -109,10 +109,10 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     model = build(options.model, CATALOGUE[options.data].classes)
     if options.weights:
         load_weights(model, options.weights)
-    model = model.to(device, dtype).eval()
+    model = model.to(device).eval()
     data = load(_data_config(options), device)
     chosen, images, labels = draw(data, options.samples, options.seed)
-    images, changes = adapt(images.to(dtype), model, options.size)
+    images, changes = adapt(images.to(_own_dtype(model)), model, options.size)
     weights = options.weights or ("random weights" if options.model.startswith("torchvision:") else "its own weights")
     said = "".join(f", {change}" for change in changes)
     print(f"{options.model}, {weights}; {len(images)} test images of {data.name}{said}", flush=True)
@@ -128,6 +128,12 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     if options.figure:
         _write(options.figure, _draw(certificate, options.figure.suffix[1:].lower()))
     return certificate
+
+
+def _own_dtype(model: "torch.nn.Module") -> "torch.dtype":
+    import torch
+
+    return next((parameter.dtype for parameter in model.parameters()), torch.get_default_dtype())
 
 
 def build(name: str, classes: int) -> "torch.nn.Module":

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.errors import UserError
+from src.jacobian.steady import steady
 from src.trace import traced_stages
 
 BatchNormMode = Literal["eval", "train"]
@@ -62,7 +63,9 @@ class OnBatch(nn.Module):
         return self.stage(batch.squeeze(0)).unsqueeze(0)
 
 
-def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
+def cut(
+    model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode, backpropagated: bool = False
+) -> Chain:
     """Cut a copy of a model into a chain; the model itself stays untouched.
 
     Args:
@@ -71,6 +74,7 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
         stages: names of the stages to cut after; None cuts after every one.
         dtype: the arithmetic of the copy.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own, one operator on the batch.
+        backpropagated: differentiate as training does, not by formulas that keep the digits of saturated units.
 
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
@@ -83,6 +87,8 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
             _prepare_batch_norm(name, module, batch_norm)
     chain = _group(_stages(twin), stages)
     for stage in chain.stages:
+        if not backpropagated:
+            steady(stage)
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
         chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)

@@ -87,8 +87,7 @@ def walk_back(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, los
     Yields: a link a stage, the last stage first.
     Raises: UserError naming stage and sample where a state or a signal is not finite, or when inputs and targets differ in number.
     """
-    if len(inputs) == 0 or len(inputs) != len(targets):
-        raise UserError(f"certificate: {len(inputs)} inputs and {len(targets)} targets; give as many of each, at least one")
+    require_pairs(inputs, targets)
     if chain.on_batch:
         inputs, targets, loss = inputs.unsqueeze(0), targets.unsqueeze(0), _on_batch(loss)
     states = chain.states(inputs)
@@ -100,6 +99,12 @@ def walk_back(chain: Chain, inputs: Float[Tensor, "n ..."], targets: Tensor, los
         require_finite(before.direction, f"the error signal before stage '{name}'")
         yield Link(index, name, stage, state, signal, before)
         signal = before
+
+
+def require_pairs(inputs: Tensor, targets: Tensor) -> None:
+    """Raise UserError unless there is a target for each input, and at least one."""
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise UserError(f"certificate: {len(inputs)} inputs and {len(targets)} targets; give as many of each, at least one")
 
 
 def error_signals(

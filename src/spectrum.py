@@ -1,10 +1,11 @@
 """Singular values, ranks and condition numbers of matrices, each with how it is known."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 
@@ -68,55 +69,107 @@ class Spectrum:
         return (self.values > multiple * self.tolerance.unsqueeze(-1)).sum(-1)
 
 
+Knowledge = Literal["exact", "enclosed", "estimated"]
+STRENGTHS: tuple[Knowledge, ...] = ("estimated", "enclosed", "exact")
+
+
+def weakest(of: Iterable[Knowledge]) -> Knowledge:
+    """How something is known that follows from several others."""
+    return min(of, key=STRENGTHS.index)
+
+
 @dataclass(frozen=True)
-class Extremes:
-    """What a certificate says of the Jacobians of one stage, a number a sample, and how it is known.
+class Known:
+    """A quantity of every matrix, an interval around it, and how that is known.
 
     Attributes:
-        norm: σ₁; of an enclosure its lower side.
-        norm_lo: below σ₁.
-        norm_hi: above σ₁; certain, or where nothing certain is known and `method` is "estimated", with probability 1 − 1e-6.
-        smallest: σ_k; NaN where it is only known to lie between 0 and norm_hi.
-        rank: the numerical rank; of an enclosure its upper side.
-        rank_lo: at least so many.
-        rank_hi: at most so many.
-        condition: σ₁/σ_k; inf where the rank is deficient, NaN where it is not known.
+        value: NaN where only the interval is known.
+        lo: at least so much.
+        hi: at most so much.
+        how: "exact": within the backward error, which the interval is; "enclosed": the interval is certain; "estimated": it holds with
+            probability 1 − 1e-6 over the random start.
+    """
+
+    value: Real[Tensor, " n"]
+    lo: Real[Tensor, " n"]
+    hi: Real[Tensor, " n"]
+    how: Knowledge
+
+    def over(self, other: "Known") -> "Known":
+        """The quotient of two quantities that are not negative; by zero it is inf."""
+        lo, hi = (torch.where(below > 0, above / below, torch.inf) for above, below in ((self.lo, other.hi), (self.hi, other.lo)))
+        value = torch.where(other.value.isnan() | (other.value > 0), self.value / other.value, torch.inf)
+        return Known(value, lo, hi, weakest([self.how, other.how]))
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What a certificate says of the Jacobians of one stage, a number a sample.
+
+    Attributes:
+        norm: σ₁.
+        smallest: σ_k, k = min(m, d); 0 where the rank is deficient beyond doubt.
+        active: σ_r, the smallest singular value above τ, r the rank: σ_min on the active subspace.
+        rank: how many singular values exceed τ.
+        full: min(m, d).
+        longest: max(m, d).
+        structural: no rank can exceed it: the rows and columns that are not zero, or the narrowest tensor on the way.
         mean_square: Σσ²/k; NaN where it is not known.
         values: the singular values that are known, largest first.
         tolerance: τ of the rank; NaN where none was used.
-        method: "exact" (within the backward error), "enclosed" or "estimated".
+        method: how it was measured: "exact" from all singular values, "factorised" or "matrix_free".
     """
 
-    norm: Float[Tensor, " n"]
-    norm_lo: Float[Tensor, " n"]
-    norm_hi: Float[Tensor, " n"]
-    smallest: Float[Tensor, " n"]
-    rank: Int[Tensor, " n"]
-    rank_lo: Int[Tensor, " n"]
-    rank_hi: Int[Tensor, " n"]
-    condition: Float[Tensor, " n"]
+    norm: Known
+    smallest: Known
+    active: Known
+    rank: Known
+    full: int
+    longest: int
+    structural: Int[Tensor, " n"]
     mean_square: Float[Tensor, " n"]
     values: Float[Tensor, "n _"]
     tolerance: Float[Tensor, " n"]
-    method: Literal["exact", "enclosed", "estimated"]
+    method: Literal["exact", "factorised", "matrix_free"]
 
     @classmethod
-    def of(cls, s: Spectrum) -> "Extremes":
+    def of(cls, s: Spectrum, longest: int, structural: Int[Tensor, " n"]) -> "Extremes":
         """From all singular values."""
+
+        def within_backward_error(value: Tensor) -> Known:
+            return Known(value, (value - s.tolerance).clamp(min=0), value + s.tolerance, "exact")
+
+        last = (s.rank - 1).clamp(min=0).unsqueeze(-1)
         return cls(
-            norm=s.norm,
-            norm_lo=(s.norm - s.tolerance).clamp(min=0),
-            norm_hi=s.norm + s.tolerance,
-            smallest=s.smallest,
-            rank=s.rank,
-            rank_lo=s.rank_lo,
-            rank_hi=s.rank_hi,
-            condition=s.condition,
+            norm=within_backward_error(s.norm),
+            smallest=within_backward_error(s.smallest),
+            active=within_backward_error(s.values.gather(-1, last).squeeze(-1)),
+            rank=Known(s.rank, s.rank_lo, s.rank_hi, "exact"),
+            full=s.values.shape[-1],
+            longest=longest,
+            structural=structural,
             mean_square=s.mean_square,
             values=s.values,
             tolerance=s.tolerance,
             method="exact",
         )
+
+    @property
+    def condition(self) -> Known:
+        """σ₁/σ_k; inf where the rank is deficient."""
+        found = self.norm.over(self.smallest)
+        deficient = self.rank.value < self.full
+        return replace(found, value=torch.where(deficient, torch.inf, found.value), hi=torch.where(deficient, torch.inf, found.hi))
+
+    @property
+    def active_condition(self) -> Known:
+        """σ₁/σ_r: on the subspace where J is not zero."""
+        return self.norm.over(self.active)
+
+    @property
+    def stable_rank(self) -> Float[Tensor, " n"]:
+        """Σσ²/σ₁² (Rudelson & Vershynin 2007); NaN for a zero matrix, and where Σσ² is not known."""
+        return self.full * self.mean_square / self.norm.value.square()
 
 
 def spectrum(matrices: Float[Tensor, "*batch m d"]) -> Spectrum:

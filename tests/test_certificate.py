@@ -26,7 +26,9 @@ from tests.jacobian.networks import FAMILIES, SMALL, dense, diagonal, family, im
 
 few = settings(max_examples=10, deadline=None)
 LAYERS = [
-    *("sample", "stage", "index", "norm", "norm_lo", "norm_hi", "sigma_min", "rank", "rank_lo", "rank_hi", "cond", "method"),
+    *("sample", "stage", "index"),
+    *(f"{quantity}{side}" for quantity in ("norm", "sigma_min", "rank", "cond") for side in ("", "_lo", "_hi", "_known")),
+    *("cond_active", "tau", "stable_rank", "rank_structural", "rank_backprop", "backprop_error", "method"),
     *("error_norm", "grad_norm", "saturation"),
 ]
 LABELS = torch.tensor([0, 1, 2])
@@ -593,7 +595,7 @@ def test_a_jacobian_too_large_to_write_out_is_refused_where_it_is_asked_for(monk
     with refusal("certificate: stage '0' has 3 Jacobians of 3×4, 0.0 GiB; give fewer samples or smaller inputs, or method='auto'"):
         certify(model, x, LABELS, method="exact")
     methods = certify(model, x, LABELS).layers.groupby("stage")["method"].unique()
-    assert (methods["0"].tolist(), methods["1"].tolist()) == (["enclosed"], ["exact"])
+    assert (methods["0"].tolist(), methods["1"].tolist()) == (["matrix_free"], ["exact"])
 
 
 def test_a_decomposition_of_minutes_is_left_to_products_with_vectors(monkeypatch):
@@ -601,7 +603,7 @@ def test_a_decomposition_of_minutes_is_left_to_products_with_vectors(monkeypatch
     monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3)
     assert set(certify(model, x, LABELS).layers["method"]) == {"exact"}
     monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3 - 1)
-    assert set(certify(model, x, LABELS).layers.query("stage == '0'")["method"]) == {"enclosed"}
+    assert set(certify(model, x, LABELS).layers.query("stage == '0'")["method"]) == {"matrix_free"}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -661,7 +663,7 @@ def test_a_large_dense_chain_is_certified_by_factorisation_as_by_decomposition(m
     exact = certify(model, x, LABELS, method="exact")
     monkeypatch.setattr(certificate, "FACTORISED", 0)
     fast = certify(model, x, LABELS)
-    assert set(fast.layers["method"]) == {"estimated"}
+    assert set(fast.layers["method"]) == {"factorised"}
     for column in ("norm", "sigma_min", "cond", "mean_square", "grad_norm"):
         np.testing.assert_allclose(fast.layers[column], exact.layers[column], rtol=1e-7, err_msg=column)
     for column in ("rank", "rank_lo", "rank_hi"):
@@ -669,3 +671,39 @@ def test_a_large_dense_chain_is_certified_by_factorisation_as_by_decomposition(m
     assert (fast.layers["norm_lo"] <= exact.layers["norm_hi"]).all()
     assert (exact.layers["norm_lo"] <= fast.layers["norm_hi"]).all()
     pd.testing.assert_frame_equal(fast.severity, exact.severity)
+
+
+@pytest.mark.parametrize("method", ["exact", "auto", "matrix_free"])
+def test_every_number_lies_in_its_interval_and_says_how_it_is_known(method, monkeypatch):
+    monkeypatch.setattr(certificate, "FACTORISED", 0)
+    model, x = dense(20, 16, 16, 3, activation=nn.ReLU), normal(3, 20)
+    truth = certify(model, x, LABELS, method="exact").layers
+    cert = certify(model, x, LABELS, method=method)
+    for column in ("norm", "sigma_min", "rank", "cond"):
+        assert (cert.layers[f"{column}_lo"] <= truth[column] * (1 + 1e-12)).all()
+        assert (cert.layers[f"{column}_hi"] >= truth[column] * (1 - 1e-12)).all()
+    known = cert.known().set_index(["entry", "sample"])
+    for entry in ("log_attenuation", "rank", "conditioning"):
+        value = getattr(cert, entry).numpy()
+        np.testing.assert_array_equal(known.loc[entry, "value"], value)
+        assert ((known.loc[entry, "lo"] <= value) | np.isnan(value)).all()
+        assert ((known.loc[entry, "hi"] >= value) | np.isnan(value)).all()
+    expected = {"exact": {"exact"}, "auto": {"estimated", "enclosed"}, "matrix_free": {"enclosed"}}
+    assert set(known["known"]) == expected[method]
+
+
+def test_the_condition_on_the_active_subspace_and_the_stable_rank(monkeypatch):
+    """A ReLU layer is never of full rank: on the rows that are active it may be well conditioned all the same."""
+    model, x = dense(30, 20, 3, activation=nn.ReLU), normal(3, 30)
+    for factorised in (1e8, 0):
+        monkeypatch.setattr(certificate, "FACTORISED", factorised)
+        first = certify(model, x, LABELS).layers.query("index == 1")
+        for row, sample in zip(first.itertuples(), x, strict=True):
+            W = model[0][0].weight.detach().double()
+            z = model[0].double()(sample.double()[None])[0]
+            model.float()
+            s = np.linalg.svd(W[z > 0].numpy(), compute_uv=False)
+            assert row.cond == math.inf
+            assert row.cond_active == pytest.approx(s[0] / s[-1], rel=1e-4)
+            assert row.stable_rank == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-6)
+            assert row.rank == row.rank_structural == (z > 0).sum()

@@ -136,7 +136,7 @@ def test_the_options_reach_the_measurement(answer: Callable[..., dict[str, Any]]
     assert column(plain, "severity", "stage") == ["0", "1", "2"]
     assert column(answer("make", "--stages", "1"), "severity", "stage") == ["1", "2"]
     assert set(column(plain, "layers", "method")) == {"exact"}
-    assert set(column(answer("make", "--method", "matrix_free"), "layers", "method")) == {"enclosed"}
+    assert set(column(answer("make", "--method", "matrix_free"), "layers", "method")) == {"matrix_free"}
     assert answer("make", "--dtype", "float32")["tolerance"] / plain["tolerance"] == pytest.approx(2**29, rel=1e-3)
     assert [len(answer("normalised", "--batch-norm", mode)["rank"]) for mode in ("eval", "train")] == [3, 1]
     assert answer("make", "--seed", "0")["layers"] == plain["layers"]

@@ -27,7 +27,10 @@ def test_the_chain_is_the_network_in_float64_and_eval_mode(name):
     states = chain.states(x.double())
     assert chain.names == tuple(name for name, _ in model.named_children())
     assert len(states) == len(model) + 1
-    torch.testing.assert_close(states[-1], naive.as_measured(model)(x.double()), rtol=0, atol=0)
+    torch.testing.assert_close(states[-1], naive.as_measured(model)(x.double()), rtol=1e-14, atol=1e-15)
+    assert torch.equal(
+        cut(model, None, torch.float64, "eval", backpropagated=True).states(x.double())[-1], naive.as_measured(model)(x.double())
+    )
     other = chain_of(seeded(small(name), seed=1)).states(x.double())
     assert not torch.allclose(states[-1], other[-1])
 

@@ -7,14 +7,17 @@ theorem 4.1.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
-FIRST_LOOK = 4  # steps; a look at the Ritz values costs more than a step
+FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
+TOLERANCE = 1e-7  # of σ₁, relative
+# of a random start that is so unlucky that σ₁ lies above the upper side of its estimate, and by how much that may exceed it
+RISK, SLACK = 1e-6, 0.2
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,22 @@ class Largest:
         value: the largest Ritz value θ = ‖Jv‖ of a unit v: σ₁ ≥ θ.
         vector: that v; a start for a matrix that has changed a little.
         residual: ‖Jᵀu − θv‖ of the Ritz pair: some singular value lies within it of θ.
+        gap: θ less the next Ritz value.
+        smallest: the smallest Ritz value with its residual: σ_min, k = min(m, d), lies below; inf where the directions ran out.
         steps: products with J, and as many with Jᵀ.
     """
 
     value: Float[Tensor, " n"]
     vector: Float[Tensor, "n d"]
     residual: Float[Tensor, " n"]
+    gap: Float[Tensor, " n"]
+    smallest: Float[Tensor, " n"]
     steps: int
+
+    @property
+    def error(self) -> Float[Tensor, " n"]:
+        """min(r, r²/gap): as far as that singular value is from θ (Parlett 1998, "The symmetric eigenvalue problem", theorem 11.7.1)."""
+        return torch.where(self.residual < self.gap, self.residual.square() / torch.where(self.gap > 0, self.gap, 1), self.residual)
 
     def upper(self, risk: float) -> Float[Tensor, " n"]:
         """θ/√(1−ε): above σ₁ with probability 1 − risk over the random start, where 1.648·√d·exp(−√ε(2k−1)) = risk.
@@ -48,19 +60,21 @@ def steps_for(slack: float, risk: float, columns: int) -> int:
     return math.ceil((math.log(1.648 * math.sqrt(columns) / risk) / root + 1) / 2)
 
 
-def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance: float = 1e-7, least: int = 1, most: int = 300) -> Largest:
+def largest(
+    push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance: float = TOLERANCE, least: int = FIRST_LOOK, most: int = 300
+) -> Largest:
     """σ₁ of N matrices J of m×d at once.
 
-    J V = U B and Jᵀ U = V Bᵀ + β v eᵀ with B upper bidiagonal; stops when β·|eᵀp|, p the left singular vector of B, is below
-    tolerance·θ for every matrix. The bases are not reorthogonalised: copies of converged values come, σ₁ stays.
+    J V = U B and Jᵀ U = V Bᵀ + β v eᵀ with B upper bidiagonal; the residual is β·|eᵀp|, p the left singular vector of B. The
+    bases are not reorthogonalised: copies of converged values come, σ₁ stays.
 
     Args:
         push: u = Jv, [n, d] to [n, m].
         pull: v = Jᵀu, [n, m] to [n, d].
         start: v₁, random; any length above 0.
-        tolerance: the relative residual at which a matrix has converged.
+        tolerance: the relative error at which a matrix has converged; it stops when all have.
         least: steps before which it does not stop.
-        most: steps after which it stops all the same.
+        most: steps after which it stops all the same; and no more than there are directions, and one that the start may add.
 
     Returns: values, vectors and residuals; zeros for a zero matrix.
     """
@@ -68,38 +82,75 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
     u, alpha = _unit(push(v))
     alphas, basis = [alpha], [v]
     betas: list[Tensor] = []
-    look = max(FIRST_LOOK, least)
+    found = Largest(alpha.clone(), v.clone(), alpha.clone(), alpha.clone(), alpha.clone(), 1)
+    waiting = torch.arange(len(v), device=v.device)
+    look = least
     # what is left where the Krylov space is exhausted is rounding
-    nothing = 100 * torch.finfo(alpha.dtype).eps * alpha
+    rounding, top = 100 * torch.finfo(alpha.dtype).eps, alpha
+    most = min(most, v.shape[1] + 1, u.shape[1] + 1)
     while True:
-        r, beta = _unit(pull(u) - alpha[:, None] * v, nothing)
+        r, beta = _unit(torch.addcmul(pull(u), alpha[:, None], v, value=-1), rounding * top)
         steps = len(alphas)
         at_end = steps >= most or not beta.any()
         if at_end or steps == look:
-            p, theta, q = _ritz(alphas, betas)
-            residual = beta * p[:, -1].abs()
-            if at_end or bool((residual <= tolerance * theta).all()):
-                return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, steps)
-            look += max(2, steps // 3)
+            q = _look(found, waiting, alphas, [*betas, beta])
+            wait = (found.error > tolerance * found.value)[waiting] & (not at_end)
+            done = waiting[~wait]
+            if len(done):
+                found.vector[done] = _unit(torch.einsum("nk,knd->nd", q[~wait], torch.stack([v[done] for v in basis])))[0]
+            waiting = waiting[wait]
+            if len(waiting) == 0:
+                return replace(found, steps=steps)
+            look += max(3, steps // 4)
         betas.append(beta)
         v = r
         basis.append(v)
-        u, alpha = _unit(push(v) - beta[:, None] * u, nothing)
+        u, alpha = _unit(torch.addcmul(push(v), beta[:, None], u, value=-1), rounding * top)
         alphas.append(alpha)
+        top = torch.maximum(top, alpha)
+
+
+def refined(push: Product, pull: Product, rough: Largest, tolerance: float = TOLERANCE) -> Largest:
+    """σ₁ from a vector that was found in a lower precision: its error is squared, so that one product is enough.
+
+    Args:
+        push: u = Jv.
+        pull: v = Jᵀu.
+        rough: of nearly the same matrices.
+        tolerance: the relative error that is wanted; where it is missed more steps follow.
+    """
+    v = _unit(rough.vector.to(torch.float64))[0]
+    u, theta = _unit(push(v))
+    residual = torch.linalg.vector_norm(pull(u) - theta[:, None] * v, dim=1)
+    rounding = 1e3 * torch.finfo(rough.value.dtype).eps * theta
+    found = Largest(theta, v, residual, rough.gap.to(v), rough.smallest + rounding, rough.steps)
+    if (found.error <= tolerance * theta).all():
+        return found
+    more = largest(push, pull, v, tolerance)
+    return replace(more, steps=rough.steps + more.steps)
 
 
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
     """Vectors of length 1 and their lengths; zero for those no longer than `nothing`."""
     length = torch.linalg.vector_norm(vectors, dim=1)
-    kept = length > nothing
-    return vectors * (kept / torch.where(kept, length, 1))[:, None], length * kept
+    length = torch.where(length > nothing, length, 0)
+    return vectors * torch.where(length > 0, 1 / length, 0)[:, None], length
 
 
-def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"], Float[Tensor, "n k"]]:
-    """The largest singular triple of every bidiagonal B, from the eigenvectors of BBᵀ: σ₁ loses nothing by the square."""
-    B = torch.diag_embed(torch.stack(alphas, 1))
-    if betas:
-        B = B + torch.diag_embed(torch.stack(betas, 1), 1)
-    p = torch.linalg.eigh((B @ B.mT).cpu()).eigenvectors[..., -1].to(B)
-    q, value = _unit((p.unsqueeze(1) @ B).squeeze(1))
-    return p, value, q
+def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: list[Tensor]) -> Float[Tensor, "w k"]:
+    """Take down the Ritz values of the matrices that are still waited for, from the eigenvectors of BBᵀ: σ₁ loses nothing by the square.
+
+    Returns: the last right singular vector of every B.
+    """
+    diagonal, beside = torch.stack(alphas, 1)[at], torch.stack(betas, 1)[at]
+    B = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], 1)
+    squares, vectors = torch.linalg.eigh((B @ B.mT).cpu())
+    values, P = squares.clamp(min=0).sqrt().to(B), vectors.to(B)
+    residuals = beside[:, -1:] * P[:, -1].abs()
+    found.value[at], found.residual[at] = values[:, -1], residuals[:, -1]
+    found.smallest[at] = torch.where(diagonal.amin(1) > 0, torch.hypot(values[:, 0], residuals[:, 0]), torch.inf)
+    # once θ has converged to √ε, a copy of it comes: the next value tells nothing any more
+    rough = residuals[:, -1] > torch.finfo(B.dtype).eps ** 0.5 * values[:, -1]
+    gap = values[:, -1] - values[:, -2] if values.shape[1] > 1 else values[:, -1]
+    found.gap[at] = torch.where(rough, gap, found.gap[at])
+    return _unit((P[..., -1].unsqueeze(1) @ B).squeeze(1))[0]

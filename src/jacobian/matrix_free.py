@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torch.func import linearize
 
 from src.jacobian.bounds import bounds
-from src.jacobian.golub_kahan import Largest, largest, steps_for
+from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, largest, refined, steps_for
 from src.jacobian.materialised import transpose
-from src.spectrum import Extremes
-
-# of a random start that is so unlucky that σ₁ lies above its estimate
-RISK = 1e-6
-# by which such an estimate's upper side may exceed it
-SLACK = 0.05
+from src.spectrum import Extremes, Known
 
 
 @dataclass(frozen=True)
@@ -28,10 +23,6 @@ class Products:
     pull: Callable[[Float[Tensor, "n m"]], Float[Tensor, "n d"]]
     rows: int
     columns: int
-
-    def largest(self, start: Float[Tensor, "n d"], least: int = 1) -> Largest:
-        """σ₁ of every sample, from a random start, in no fewer steps than given."""
-        return largest(self.push, self.pull, start, least=least)
 
 
 def layer_products(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Products:
@@ -54,35 +45,48 @@ def layer_products(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Products
     )
 
 
-def extremes(stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"]) -> Extremes:
-    """Enclose σ₁ and the rank of the layer Jacobian of every sample without writing it out.
+def extremes(
+    stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"], rough: tuple[nn.Module, Tensor] | None = None
+) -> Extremes:
+    """Enclose σ₁, σ_min and the rank of the layer Jacobian of every sample without writing it out.
 
     σ₁ from below by Golub–Kahan–Lanczos, from above by the stage's graph, where it knows every operation, else by the probability that
-    the random start was unlucky; the rank from above by the support of φ' and the narrowest tensor.
+    the random start was unlucky; σ_min from above by a Ritz value; the rank from above by the support of φ' and the narrowest tensor.
 
     Args:
         stage: f, acting on each sample alone.
         inputs: N inputs.
         start: random directions to start from.
+        rough: the stage and its inputs in single precision, where the steps are cheaper; their vector needs one step more.
     """
     products = layer_products(stage, inputs)
     above = bounds(stage, inputs)
     certain = bool(above.norm.isfinite().all())
-    found = products.largest(start, least=1 if certain else steps_for(SLACK, RISK, products.columns))
-    unknown = torch.full_like(found.value, torch.nan)
-    deficient = above.rank < min(products.rows, products.columns)
+    least = FIRST_LOOK if certain else steps_for(SLACK, RISK, products.columns)
+    if rough is None:
+        found = largest(products.push, products.pull, start, least=least)
+    else:
+        single = layer_products(*rough)
+        found = refined(products.push, products.pull, largest(single.push, single.pull, start.to(rough[1].dtype), least=least))
+    full = min(products.rows, products.columns)
+    deficient = above.rank < full
+    nothing, unknown = torch.zeros_like(found.value), torch.full_like(found.value, torch.nan)
     return Extremes(
-        norm=found.value,
-        norm_lo=found.value,
         # of two rounding errors the bound may have the other sign
-        norm_hi=torch.maximum(above.norm if certain else found.upper(RISK), found.value),
-        smallest=torch.where(deficient, 0.0, unknown),
-        rank=above.rank,
-        rank_lo=(found.value > 0).long(),
-        rank_hi=above.rank,
-        condition=torch.where(deficient, torch.inf, unknown),
+        norm=Known(
+            found.value,
+            found.value,
+            torch.maximum(above.norm if certain else found.upper(RISK), found.value),
+            "enclosed" if certain else "estimated",
+        ),
+        smallest=Known(torch.where(deficient, 0, unknown), nothing, torch.where(deficient, 0, found.smallest), "enclosed"),
+        active=Known(unknown, nothing, found.value, "enclosed"),
+        rank=Known(above.rank, (found.value > 0).long(), above.rank, "enclosed"),
+        full=full,
+        longest=max(products.rows, products.columns),
+        structural=above.rank,
         mean_square=unknown,
         values=found.value.unsqueeze(1),
         tolerance=unknown,
-        method="enclosed" if certain else "estimated",
+        method="matrix_free",
     )

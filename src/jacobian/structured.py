@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Node, Tracer
 
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
-from src.jacobian.golub_kahan import Largest, largest
+from src.jacobian.golub_kahan import RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
 from src.jacobian.materialised import transpose
-from src.spectrum import Extremes
+from src.spectrum import Extremes, Known
 
-# relative residual at which σ₁ and σ_min have converged: the error of a value is of the order of its square
-TOLERANCE = 1e-5
 OF_SHAPES = {"getattr", "getitem", "size"}
 FLATTENING = {"clone", "contiguous", "flatten", "reshape", "view"}
 
@@ -32,12 +30,14 @@ class Dense:
         slopes: s, the derivative behind W of every unit.
         hidden: h.
         has_bias: whether a bias is added to Wh.
+        layer: the name of that layer in its stage.
     """
 
     weight: Float[Tensor, "m d"]
     slopes: Float[Tensor, "n m"]
     hidden: Float[Tensor, "n d"]
     has_bias: bool
+    layer: str
 
     def jacobians(self) -> Float[Tensor, "n m d"]:
         """J written out."""
@@ -78,10 +78,13 @@ def dense(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Dense | None:
         stage: f, in eval mode, acting on each sample alone.
         inputs: N inputs.
     """
-    name = _only_linear(stage)
-    if name is None:
-        return None
-    linear = stage.get_submodule(name)
+    layer = _only_linear(stage)
+    return at_layer(stage, layer, inputs) if layer is not None else None
+
+
+def at_layer(stage: nn.Module, layer: str, inputs: Float[Tensor, "n ..."]) -> Dense | None:
+    """The structure of a stage whose one dense layer is known by name; None unless that is called on a vector a sample."""
+    linear = stage.get_submodule(layer)
     assert isinstance(linear, nn.Linear)
     calls: list[Tensor] = []
 
@@ -100,7 +103,7 @@ def dense(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Dense | None:
     outputs, pull_back = transpose(shifted, inputs.new_zeros(len(inputs), linear.out_features))
     if calls[0].shape != (len(inputs), inputs[0].numel()):
         return None
-    return Dense(linear.weight.detach(), pull_back(torch.ones_like(outputs)), calls[0], linear.bias is not None)
+    return Dense(linear.weight.detach(), pull_back(torch.ones_like(outputs)), calls[0], linear.bias is not None, layer)
 
 
 def _only_linear(stage: nn.Module) -> str | None:
@@ -139,8 +142,8 @@ def _called(node: Node) -> str:
 def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
     """σ₁, σ_min and the rank of every J = diag(s) W, m ≤ d, by one factorisation W = LQ: J has the singular values of diag(s) L.
 
-    Where a slope is 0, σ_min is 0, and the rank is the number of others: by interlacing no row that is left out lowers σ_min of the rest,
-    σ_min(J) ≥ min|s|·σ_min(W) over the rows with s ≠ 0.
+    σ_min = 1/‖(diag(s) L)⁻¹‖, enclosed by a Ritz value and the Frobenius norm of the inverse, all from one L⁻¹. Where a slope is 0,
+    σ_min is 0, and what remains is σ_r over the rows with s ≠ 0, from the inverse of the Cholesky factor of their Gram matrix.
 
     Args:
         J: with m ≤ d.
@@ -148,47 +151,90 @@ def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
 
     Returns: what is known; None where the rank can't be told from these numbers alone.
     """
-    m = J.weight.shape[0]
+    m, s = J.weight.shape[0], J.slopes
     L = torch.linalg.qr(J.weight.T, mode="r").R.T.contiguous()
-    s = J.slopes
-    top = largest(lambda v: s * (v @ L.T), lambda u: (s * u) @ L, start, TOLERANCE, least=min(20, m))
-    active = s != 0
-    alive = active.all(1)
-    rank = active.sum(1)
-    tolerance = max(J.weight.shape) * torch.finfo(s.dtype).eps * top.value
+    eps = torch.finfo(s.dtype).eps
+    top = _norm(L, s, start)
+    tolerance = J.weight.shape[1] * eps * top.value
     rounding = 4 * tolerance  # of the factorisation and of the products with L, in every singular value
-    smallest = torch.zeros_like(top.value)
+    active = s != 0
+    alive, rank = active.all(1), active.sum(1)
+    least, beyond = torch.zeros_like(top.value), torch.zeros_like(top.value)
     if alive.any():
-        smallest[alive] = 1 / inverse_norm(L, s[alive], start[alive]).value
-    if not alive.all():
-        least = torch.where(active, s.abs(), torch.inf).amin(1) / inverse_norm(L, torch.ones_like(s[:1]), start[:1]).value
-        if (least[~alive] <= rounding[~alive]).any():
+        M = torch.linalg.solve_triangular(L, torch.eye(m, dtype=L.dtype, device=L.device), upper=False)
+        least[alive], beyond[alive] = _least(M, s[alive], start[alive])
+    damped = ~alive & (rank > 0)
+    if damped.any():
+        found = _active(L, s[damped])
+        if found is None:
             return None
-    if (smallest[alive] <= rounding[alive]).any():
+        rows, slopes, M = found
+        least[damped], beyond[damped] = _least(M, slopes, start[damped].gather(1, rows) * (slopes < torch.inf), 1e-4)
+    # a Gram matrix knows σ² to ε·σ₁²
+    floor = torch.where(alive, rounding, eps**0.5 * top.value)
+    if not (least > floor)[rank > 0].all():
         return None
+    lower, upper = (beyond - rounding).clamp(min=0), least + rounding
+    frobenius = (s.square() @ L.square().sum(1)).sqrt()
     return Extremes(
-        norm=top.value,
-        norm_lo=top.value - rounding,
-        norm_hi=torch.minimum(top.upper(1e-6), (s.square() @ L.square().sum(1)).sqrt() + rounding),
-        smallest=smallest,
-        rank=rank,
-        rank_lo=rank,
-        rank_hi=rank,
-        condition=torch.where(alive, top.value / smallest, torch.inf),
-        mean_square=(s.square() @ L.square().sum(1)) / m,
-        values=torch.stack([top.value, smallest], 1),
+        norm=Known(top.value, (top.value - rounding).clamp(min=0), torch.minimum(top.upper(RISK), frobenius) + rounding, "estimated"),
+        smallest=Known(torch.where(alive, least, 0), torch.where(alive, lower, 0), torch.where(alive, upper, 0), "enclosed"),
+        active=Known(least, lower, upper, "enclosed"),
+        rank=Known(rank, rank, rank, "enclosed"),
+        full=m,
+        longest=J.weight.shape[1],
+        structural=rank,
+        mean_square=frobenius.square() / m,
+        values=torch.stack([top.value, torch.where(alive, least, 0)], 1),
         tolerance=tolerance,
-        method="estimated",
+        method="factorised",
     )
 
 
-def inverse_norm(L: Float[Tensor, "m m"], slopes: Float[Tensor, "n m"], start: Float[Tensor, "n m"]) -> Largest:
-    """‖(diag(s) L)⁻¹‖ = 1/σ_min of every sample, L lower triangular."""
+def _norm(L: Float[Tensor, "m m"], s: Float[Tensor, "n m"], start: Float[Tensor, "n m"]) -> Largest:
+    """‖diag(s) L‖ of every sample, in single precision first."""
 
-    def push(v: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(L, (v / slopes).T, upper=False).T
+    def products(L: Tensor, s: Tensor) -> tuple[Product, Product]:
+        return lambda v: s * (v @ L.T), lambda u: (s * u) @ L
 
-    def pull(u: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(L.T, u.T, upper=True).T / slopes
+    least = steps_for(SLACK, RISK, s.shape[1])
+    if s.dtype == torch.float32:
+        return largest(*products(L, s), start, least=least)
+    return refined(*products(L, s), largest(*products(L.float(), s.float()), start.float(), least=least))
 
-    return largest(push, pull, start, TOLERANCE)
+
+def _least(
+    M: Float[Tensor, "*n m m"], slopes: Float[Tensor, "n m"], start: Float[Tensor, "n m"], tolerance: float = TOLERANCE
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """σ_min of diag(s) M⁻¹: 1/θ above it, θ the largest Ritz value of the inverse M diag(1/s), and 1/‖M diag(1/s)‖_F below.
+
+    Args:
+        M: the inverse, one for all samples or one each.
+        slopes: s; inf where a coordinate does not count.
+        start: random directions to start from; 0 where a coordinate does not count.
+        tolerance: the relative error of θ.
+    """
+
+    def times(M: Tensor, v: Tensor) -> Tensor:
+        return v @ M.mT if M.ndim == 2 else (M @ v.unsqueeze(2)).squeeze(2)
+
+    found = largest(lambda v: times(M, v / slopes), lambda u: times(M.mT, u) / slopes, start, tolerance)
+    return 1 / found.value, 1 / (M.square().sum(-2) / slopes.square()).sum(1).sqrt()
+
+
+def _active(
+    L: Float[Tensor, "m m"], s: Float[Tensor, "n m"]
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, "n k k"]] | None:
+    """Of every sample the rows with s ≠ 0, k at most: their places, their slopes, and C⁻¹, CCᵀ the Gram matrix of those rows of L.
+
+    Returns: slopes are inf in the places that are left over; None where a Gram matrix is not definite.
+    """
+    active = s != 0
+    rows = active.byte().argsort(dim=1, descending=True, stable=True)[:, : int(active.sum(1).max())]
+    kept = active.gather(1, rows)
+    grams = (L @ L.T)[rows.unsqueeze(2), rows.unsqueeze(1)]
+    apart = torch.eye(rows.shape[1], dtype=L.dtype, device=L.device)
+    C, failed = torch.linalg.cholesky_ex(torch.where(kept.unsqueeze(2) & kept.unsqueeze(1), grams, apart))
+    if failed.any():
+        return None
+    return rows, torch.where(kept, s.gather(1, rows), torch.inf), torch.linalg.solve_triangular(C, apart.expand_as(C), upper=False)

@@ -1,18 +1,23 @@
 """σ₁ from products alone, against LAPACK."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.jacobian.golub_kahan import Largest, largest, steps_for
+from src.jacobian.golub_kahan import largest, refined, steps_for
 from tests.jacobian.networks import normal
 
 
+def products(matrices):
+    return (lambda v: (matrices @ v[..., None])[..., 0]), (lambda u: (u[:, None] @ matrices)[:, 0])
+
+
 def of(matrices, start=None, **options):
-    push, pull = (lambda v: (matrices @ v[..., None])[..., 0]), (lambda u: (u[:, None] @ matrices)[:, 0])
+    push, pull = products(matrices)
     start = normal(len(matrices), matrices.shape[2], seed=9).to(matrices.dtype) if start is None else start
     return largest(push, pull, start, **options)
 
@@ -21,8 +26,9 @@ def of(matrices, start=None, **options):
 @settings(deadline=None, max_examples=60)
 def test_the_largest_singular_value_of_every_matrix(n, m, d, seed):
     J = normal(n, m, d, seed=seed).double()
-    found = of(J)
-    torch.testing.assert_close(found.value, torch.linalg.svdvals(J)[:, 0], rtol=1e-10, atol=0)
+    found, s = of(J, tolerance=1e-14), torch.linalg.svdvals(J)
+    torch.testing.assert_close(found.value, s[:, 0], rtol=1e-10, atol=0)
+    assert (found.smallest >= s[:, -1] * (1 - 1e-9)).all()
     # the Ritz pair is what it says: a unit vector that J stretches by θ, at most σ₁
     torch.testing.assert_close((J @ found.vector[..., None]).norm(dim=(1, 2)), found.value, rtol=1e-9, atol=0)
     torch.testing.assert_close(found.vector.norm(dim=1), torch.ones(n).double(), rtol=1e-9, atol=0)
@@ -70,8 +76,40 @@ def test_the_upper_side_holds_for_all_but_unlucky_starts():
     root = math.log(1.648 * math.sqrt(50) / 0.05) / 19
     assert found.upper(0.05)[0] == pytest.approx(float(found.value[0]) / math.sqrt(1 - root**2))
     least = steps_for(0.1, 0.05, 50)
-    below, enough = (Largest(found.value, found.vector, found.residual, steps).upper(0.05) / found.value for steps in (least - 1, least))
+    below, enough = (replace(found, steps=steps).upper(0.05) / found.value for steps in (least - 1, least))
     assert (enough <= 1.1).all()
     assert (below > 1.1).all()
     assert of(J, least=least).steps >= least
-    assert Largest(found.value, found.vector, found.residual, 1).upper(0.05).isinf().all()
+    assert replace(found, steps=1).upper(0.05).isinf().all()
+
+
+def test_every_matrix_has_its_own_steps_and_the_error_is_told():
+    """One with a gap of a half, which converges at once, one with a gap of a thousandth."""
+    J = torch.diag_embed(torch.stack([torch.tensor([2.0, *[1.0] * 79]), torch.linspace(1.92, 2, 80)]).double())
+    found = of(J, tolerance=1e-6)
+    truth = torch.linalg.svdvals(J)[:, 0]
+    assert ((truth - found.value) <= found.error + 1e-12).all()
+    assert (found.error <= 1e-6 * truth).all()
+    assert (of(J, most=3).error > 1e-6 * truth).tolist() == [False, True]
+    alone = of(J[1:], start=normal(2, 80, seed=9).double()[1:], tolerance=1e-6)
+    torch.testing.assert_close(found.value[1:], alone.value)
+    torch.testing.assert_close(found.vector[1:], alone.vector)
+
+
+def test_a_vector_of_single_precision_is_refined_by_one_product():
+    J = normal(4, 60, 70).double()
+    calls = []
+    push, pull = products(J)
+
+    def counted(v):
+        calls.append(v)
+        return push(v)
+
+    rough = of(J.float())
+    found = refined(counted, pull, rough)
+    assert len(calls) == 1
+    assert found.value.dtype == torch.float64
+    torch.testing.assert_close(found.value, torch.linalg.svdvals(J)[:, 0], rtol=1e-8, atol=0)
+    # of other matrices the vector is no answer, and that is seen
+    other = normal(4, 60, 70, seed=1).double()
+    torch.testing.assert_close(refined(*products(other), rough).value, torch.linalg.svdvals(other)[:, 0], rtol=1e-7, atol=0)

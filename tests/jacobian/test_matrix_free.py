@@ -29,12 +29,12 @@ def test_an_operation_that_no_bound_knows_is_estimated():
     stage, x = seeded(nn.Sequential(nn.Linear(90, 90), nn.Softmax(1))).double().requires_grad_(False), normal(4, 90).double()
     found = extremes(stage, x, normal(4, 90, seed=1).double())
     truth = torch.linalg.svdvals(layer_jacobian(stage, x))[:, 0]
-    assert found.method == "estimated"
-    torch.testing.assert_close(found.norm, truth, rtol=1e-9, atol=0)
-    assert (found.norm_hi >= truth).all()
-    assert found.norm_hi.isfinite().all()
+    assert found.norm.how == "estimated"
+    torch.testing.assert_close(found.norm.value, truth, rtol=1e-9, atol=0)
+    assert (found.norm.hi >= truth).all()
+    assert found.norm.hi.isfinite().all()
     known = extremes(stage[:1], x, normal(4, 90, seed=1).double())
-    assert known.method == "enclosed"
+    assert known.norm.how == "enclosed"
 
 
 @pytest.mark.parametrize("name", SMALL)

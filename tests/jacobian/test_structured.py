@@ -77,12 +77,15 @@ def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
     stage, x = as_double(seeded(nn.Sequential(nn.Linear(m + more, m), phi), seed)), normal(3, m + more, seed=seed).double()
     J = dense(stage, x)
     found, s = extremes(J, normal(3, m, seed=seed + 1).double()), torch.linalg.svdvals(J.jacobians())
-    torch.testing.assert_close(found.norm, s[:, 0], rtol=1e-7, atol=1e-14)
-    torch.testing.assert_close(found.smallest, torch.where(found.rank == m, s[:, -1], 0), rtol=1e-7, atol=1e-14)
-    assert found.rank.tolist() == (s > max(m, m + more) * torch.finfo(s.dtype).eps * s[:, :1]).sum(1).tolist()
-    assert ((found.norm_lo <= s[:, 0]) & (s[:, 0] <= found.norm_hi * (1 + 1e-12))).all()
+    rank = (s > max(m, m + more) * torch.finfo(s.dtype).eps * s[:, :1]).sum(1)
+    assert found.rank.value.tolist() == found.structural.tolist() == rank.tolist()
+    last = torch.where(rank > 0, s.gather(1, (rank - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
+    for known, truth in ((found.norm, s[:, 0]), (found.smallest, torch.where(rank == m, s[:, -1], 0)), (found.active, last)):
+        torch.testing.assert_close(known.value, truth, rtol=1e-5 if known is found.active else 1e-7, atol=1e-14)
+        assert ((known.lo <= truth * (1 + 1e-12)) & (truth <= known.hi * (1 + 1e-12))).all()
     torch.testing.assert_close(found.mean_square, s.square().mean(1), rtol=1e-12, atol=1e-14)
-    assert (found.condition.isinf() == (found.rank < m)).all()
+    torch.testing.assert_close(found.stable_rank, s.square().sum(1) / s[:, 0].square(), rtol=1e-6, atol=0, equal_nan=True)
+    assert (found.condition.value.isinf() == (rank < m)).all()
 
 
 def test_a_rank_that_the_factorisation_cannot_tell_is_left_open():
@@ -99,7 +102,7 @@ def test_the_smallest_singular_value_is_right_where_the_decomposition_of_j_loses
     """Slopes over twelve decades, small rows first: σ_min to ten digits, where that of J written out has lost half of them."""
     J = dense(matrix_stage(torch.eye(6).double() + 0.1 * normal(6, 6).double()), normal(1, 6).double())
     graded = replace(J, slopes=torch.logspace(-12, 0, 6).double().expand(1, 6))
-    found = extremes(graded, normal(1, 6, seed=1).double()).smallest
+    found = extremes(graded, normal(1, 6, seed=1).double()).smallest.value
     true = 1 / torch.linalg.svdvals(torch.linalg.inv(J.weight) / graded.slopes)[0]
     torch.testing.assert_close(found[0], true, rtol=1e-10, atol=0)
     written_out = torch.linalg.svdvals(graded.jacobians())[0, -1]
