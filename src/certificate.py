@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from typing import Any, Literal, get_args
 
@@ -60,7 +60,7 @@ class Certificate:
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
-        first_parameter_norm: ‖P_1‖ of every sample.
+        first: the first stage with its inputs.
         product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
     """
 
@@ -73,8 +73,15 @@ class Certificate:
     severity: pd.DataFrame
     singular_values: tuple[Float[Tensor, "n _"], ...]
     tolerance: float
-    first_parameter_norm: Float[Tensor, " n"]
+    first: Call
     product: Product | None
+
+    @cached_property
+    def first_parameter_norm(self) -> Float[Tensor, " n"]:
+        """‖P_1‖ of every sample; taken when it is asked for first, by the bound."""
+        stage, inputs = self.first
+        structure = dense(stage, inputs)
+        return structure.parameter_norm() if structure else parameter_jacobian_norm(stage, inputs)
 
     def end_to_end(self) -> pd.DataFrame:
         """The product of all J_l itself beside the product of their norms, in logs, a row a sample.
@@ -268,7 +275,7 @@ def certify(
         severity=pd.DataFrame(severities[::-1]),
         singular_values=tuple(found.values for found in known[::-1]),
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
-        first_parameter_norm=structure.parameter_norm() if structure else parameter_jacobian_norm(link.stage, link.inputs),
+        first=(link.stage, link.inputs),
         product=product,
     )
 

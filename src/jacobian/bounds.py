@@ -46,6 +46,7 @@ class Bounds:
 
 
 GRAMS = 6
+SINGLE = 1e-4  # above the rounding of these sums in single precision, relative
 POINTWISE = {"relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "hardswish",
              "hardsigmoid", "softplus", "relu6", "sin", "cos", "exp"}  # fmt: skip
 ADDING = {"add", "add_", "iadd", "sub", "sub_", "isub"}
@@ -170,10 +171,10 @@ def circular_norm(conv: nn.Conv2d, size: Sequence[int]) -> float:
     """
     reach = [d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.kernel_size, strict=True)]
     grid = [s + 2 * p + r for s, p, r in zip(size, _pair(conv.padding), reach, strict=True)]
-    kernel = conv.weight.new_zeros(*conv.weight.shape[:2], *grid)
+    kernel = torch.zeros(*conv.weight.shape[:2], *grid, device=conv.weight.device)
     kernel[..., : reach[0] + 1 : _pair(conv.dilation)[0], : reach[1] + 1 : _pair(conv.dilation)[1]] = conv.weight
     spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).unflatten(2, (conv.groups, -1))
-    return float(norm_by_grams(spectrum).max())
+    return float(norm_by_grams(spectrum).max()) * (1 + SINGLE)
 
 
 def norm_by_grams(matrices: Float[Tensor, "*batch m d"] | Complex[Tensor, "*batch m d"]) -> Float[Tensor, "*batch"]:

@@ -6,7 +6,7 @@ theorem 4.1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +72,8 @@ def largest(
         push: u = Jv, [n, d] to [n, m].
         pull: v = Jᵀu, [n, m] to [n, d].
         start: v₁, random; any length above 0.
-        tolerance: the relative error at which a matrix has converged; it stops when all have.
+        tolerance: the relative error at which a matrix has converged, if it has grown by no more since the last look either; it stops
+            when all have.
         least: steps before which it does not stop.
         most: steps after which it stops all the same; and no more than there are directions, and one that the start may add.
 
@@ -93,8 +94,11 @@ def largest(
         steps = len(alphas)
         at_end = steps >= most or not beta.any()
         if at_end or steps == look:
+            before = found.value[waiting]
             q = _look(found, waiting, alphas, [*betas, beta])
-            wait = (found.error > tolerance * found.value)[waiting] & (not at_end)
+            # a start with little of the first singular vector in it converges to the second for a while
+            settled = (found.value[waiting] - before <= tolerance * before) & (found.error <= tolerance * found.value)[waiting]
+            wait = ~settled & (not at_end)
             done = waiting[~wait]
             if len(done):
                 found.vector[done] = _unit(torch.einsum("nk,knd->nd", q[~wait], torch.stack([v[done] for v in basis])))[0]
@@ -110,7 +114,7 @@ def largest(
         top = torch.maximum(top, alpha)
 
 
-def refined(push: Product, pull: Product, rough: Largest, tolerance: float = TOLERANCE) -> Largest:
+def refined(push: Product, pull: Product, rough: Largest, tolerance: float = 10 * TOLERANCE) -> Largest:
     """σ₁ from a vector that was found in a lower precision: its error is squared, so that one product is enough.
 
     Args:
@@ -128,6 +132,14 @@ def refined(push: Product, pull: Product, rough: Largest, tolerance: float = TOL
         return found
     more = largest(push, pull, v, tolerance)
     return replace(more, steps=rough.steps + more.steps)
+
+
+def joined(parts: Sequence[Largest]) -> Largest:
+    """Several batches as one; the fewest steps of any."""
+    value, vector, residual, gap, smallest = (
+        torch.cat(values) for values in zip(*((p.value, p.vector, p.residual, p.gap, p.smallest) for p in parts), strict=True)
+    )
+    return Largest(value, vector, residual, gap, smallest, min(part.steps for part in parts))
 
 
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:

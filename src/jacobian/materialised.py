@@ -81,7 +81,8 @@ def parameter_jacobian_norm(stage: nn.Module, inputs: Float[Tensor, "n ..."]) ->
     if hidden is not None:
         bias = next(name for name in parameters if name.endswith("bias"))
         return hidden.square().sum(1).add(1).sqrt() * torch.linalg.svdvals(_jacobian_in(stage, bias, inputs))[:, 0]
-    return torch.cat([_parameter_norm(stage, parameters, sample) for sample in inputs.split(1)])
+    norm = _large_norm if stage(inputs[:1]).numel() > WRITTEN_OUT else _parameter_norm
+    return torch.cat([norm(stage, parameters, sample) for sample in inputs.split(1)])
 
 
 def dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"] | None:
@@ -110,21 +111,39 @@ def _jacobian_in(stage: nn.Module, name: str, inputs: Float[Tensor, "n ..."]) ->
 
 
 def _parameter_norm(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, " 1"]:
-    """‖P‖ of one sample."""
+    """‖P‖ of one sample, from PPᵀ."""
+    outputs, pull_back, push_forward = _parameter_products(stage, parameters, sample)
+    size = sum(parameter.numel() for parameter in parameters.values())
+    basis = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    gram = vmap(lambda covector: push_forward(pull_back(covector)), chunk_size=_chunk(size, sample.dtype))(basis)
+    return torch.linalg.eigvalsh(gram)[-1:].clamp(min=0).sqrt()
+
+
+def _large_norm(stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]) -> Float[Tensor, " 1"]:
+    """‖P‖ of one sample by Golub–Kahan–Lanczos on Pᵀ."""
+    outputs, pull_back, push_forward = _parameter_products(stage, parameters, sample)
+    sizes = [parameter.numel() for parameter in parameters.values()]
+
+    def push(u: Tensor) -> Tensor:
+        return torch.cat([part.flatten() for part in pull_back(u[0]).values()]).unsqueeze(0)
+
+    def pull(v: Tensor) -> Tensor:
+        parts = zip(parameters.items(), v[0].split(sizes), strict=True)
+        pulled: Tensor = push_forward({name: part.reshape(parameter.shape) for (name, parameter), part in parts})
+        return pulled.unsqueeze(0)
+
+    start = torch.randn(1, len(outputs), generator=generator(0, "parameter Jacobian"), dtype=outputs.dtype)
+    return largest(push, pull, start.to(outputs.device)).value
+
+
+def _parameter_products(
+    stage: nn.Module, parameters: dict[str, Tensor], sample: Float[Tensor, "1 ..."]
+) -> tuple[Float[Tensor, " m"], Callable[[Any], Any], Callable[[Any], Any]]:
+    """f(x), u ↦ Pᵀu and v ↦ Pv of one sample, v by the names of the parameters."""
     outputs, pull_back = transpose(lambda parameters: functional_call(stage, parameters, (sample,)).flatten(), parameters)
     # P is the transpose of the linear map u ↦ uᵀP; forward mode would compile decompositions first
     _, push_forward = transpose(pull_back, torch.zeros_like(outputs))
-
-    def gram(covector: Tensor) -> Tensor:
-        return push_forward(pull_back(covector))
-
-    m = len(outputs)
-    if m > WRITTEN_OUT:
-        start = torch.randn(1, m, generator=generator(0, "parameter Jacobian"), dtype=outputs.dtype).to(outputs.device)
-        return largest(lambda u: gram(u[0])[None], lambda u: gram(u[0])[None], start).value.sqrt()
-    size = sum(parameter.numel() for parameter in parameters.values())
-    columns = vmap(gram, chunk_size=_chunk(size, sample.dtype))(torch.eye(m, dtype=outputs.dtype, device=outputs.device))
-    return torch.linalg.eigvalsh(columns)[-1:].clamp(min=0).sqrt()
+    return outputs, pull_back, push_forward
 
 
 def parameter_gradients(

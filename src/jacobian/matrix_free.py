@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.func import linearize
 
 from src.jacobian.bounds import bounds
-from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, largest, refined, steps_for
+from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, Largest, joined, largest, refined, steps_for
 from src.jacobian.materialised import transpose
 from src.spectrum import Extremes, Known
+
+# of a direction of all samples; some hundred of them are kept
+BASIS_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,11 @@ def extremes(
         start: random directions to start from.
         rough: the stage and its inputs in single precision, where the steps are cheaper; their vector needs one step more.
     """
-    products = layer_products(stage, inputs)
     above = bounds(stage, inputs)
     certain = bool(above.norm.isfinite().all())
-    least = FIRST_LOOK if certain else steps_for(SLACK, RISK, products.columns)
-    if rough is None:
-        found = largest(products.push, products.pull, start, least=least)
-    else:
-        single = layer_products(*rough)
-        found = refined(products.push, products.pull, largest(single.push, single.pull, start.to(rough[1].dtype), least=least))
-    full = min(products.rows, products.columns)
+    found = _largest(stage, inputs, start, rough, FIRST_LOOK if certain else steps_for(SLACK, RISK, start.shape[1]))
+    rows, columns = stage(inputs[:1]).numel(), start.shape[1]
+    full = min(rows, columns)
     deficient = above.rank < full
     nothing, unknown = torch.zeros_like(found.value), torch.full_like(found.value, torch.nan)
     return Extremes(
@@ -83,10 +81,27 @@ def extremes(
         active=Known(unknown, nothing, found.value, "enclosed"),
         rank=Known(above.rank, (found.value > 0).long(), above.rank, "enclosed"),
         full=full,
-        longest=max(products.rows, products.columns),
+        longest=max(rows, columns),
         structural=above.rank,
         mean_square=unknown,
         values=found.value.unsqueeze(1),
         tolerance=unknown,
         method="matrix_free",
     )
+
+
+def _largest(
+    stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"], rough: tuple[nn.Module, Tensor] | None, least: int
+) -> Largest:
+    """σ₁ of every sample, of no more samples at once than their directions may take memory."""
+    size = max(1, BASIS_BYTES // (start[0].numel() * start.dtype.itemsize))
+    parts = []
+    for at in torch.arange(len(inputs)).split(size):
+        products = layer_products(stage, inputs[at])
+        if rough is None:
+            parts.append(largest(products.push, products.pull, start[at], least=least))
+        else:
+            single = layer_products(rough[0], rough[1][at])
+            found = largest(single.push, single.pull, start[at].to(rough[1].dtype), least=least)
+            parts.append(refined(products.push, products.pull, found))
+    return joined(parts)

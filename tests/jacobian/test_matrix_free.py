@@ -44,5 +44,5 @@ def test_the_norm_of_a_parameter_jacobian_needs_no_gram_matrix(name, monkeypatch
         written = parameter_jacobian_norm(stage, state)
         with monkeypatch.context() as patch:
             patch.setattr(materialised, "WRITTEN_OUT", 0)
-            torch.testing.assert_close(parameter_jacobian_norm(stage, state), written, rtol=1e-9, atol=0)
+            torch.testing.assert_close(parameter_jacobian_norm(stage, state), written, rtol=1e-7, atol=0)
         state = stage(state)

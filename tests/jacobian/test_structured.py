@@ -81,7 +81,7 @@ def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
     assert found.rank.value.tolist() == found.structural.tolist() == rank.tolist()
     last = torch.where(rank > 0, s.gather(1, (rank - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
     for known, truth in ((found.norm, s[:, 0]), (found.smallest, torch.where(rank == m, s[:, -1], 0)), (found.active, last)):
-        torch.testing.assert_close(known.value, truth, rtol=1e-5 if known is found.active else 1e-7, atol=1e-14)
+        torch.testing.assert_close(known.value, truth, rtol=1e-5 if known is found.active else 1e-6, atol=1e-14)
         assert ((known.lo <= truth * (1 + 1e-12)) & (truth <= known.hi * (1 + 1e-12))).all()
     torch.testing.assert_close(found.mean_square, s.square().mean(1), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.stable_rank, s.square().sum(1) / s[:, 0].square(), rtol=1e-6, atol=0, equal_nan=True)
