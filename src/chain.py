@@ -75,7 +75,12 @@ def cut(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batc
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    return split(copy.deepcopy(model), stages, dtype, batch_norm)
+
+
+def split(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
+    """Cut a model itself into a chain, as `cut` does a copy: the stages share its modules."""
+    twin = model.to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
         if getattr(module, "inplace", False):
             module.inplace = False

@@ -214,7 +214,7 @@ def saturation(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor
     flat: list[Tensor] = []
 
     def record(module: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
-        flat.append((_slope(module, arguments[0]) < SATURATED * _largest_slope(module, arguments[0])).reshape(len(inputs), -1))
+        flat.append((_slope(module, arguments[0]) < SATURATED * largest_slope(module, arguments[0])).reshape(len(inputs), -1))
 
     hooks = [module.register_forward_hook(record) for module in stage.modules() if isinstance(module, ACTIVATIONS)]
     try:
@@ -233,5 +233,6 @@ def _slope(activation: nn.Module, z: Tensor) -> Tensor:
     return pull_back(torch.ones_like(z)).abs()
 
 
-def _largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
+def largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
+    """max |φ'(z)|, in the dtype and on the device of z."""
     return _slope(activation, torch.linspace(-8, 8, 1601, dtype=z.dtype, device=z.device)).max()

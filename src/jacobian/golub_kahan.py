@@ -62,7 +62,7 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
         least: steps before which it does not stop.
         most: steps after which it stops all the same.
 
-    Returns: values, vectors and residuals; zeros for a zero matrix.
+    Returns: values, vectors and residuals; zeros for a zero matrix, NaN for one whose products are not finite.
     """
     v = _unit(start)[0]
     u, alpha = _unit(push(v))
@@ -100,6 +100,9 @@ def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k
     B = torch.diag_embed(torch.stack(alphas, 1))
     if betas:
         B = B + torch.diag_embed(torch.stack(betas, 1), 1)
-    p = torch.linalg.eigh((B @ B.mT).cpu()).eigenvectors[..., -1].to(B)
+    squares = (B @ B.mT).cpu()
+    # LAPACK refuses NaN; it comes back with B
+    squares = squares.where(squares.isfinite().all(2).all(1)[:, None, None], 0)
+    p = torch.linalg.eigh(squares).eigenvectors[..., -1].to(B)
     q, value = _unit((p.unsqueeze(1) @ B).squeeze(1))
     return p, value, q

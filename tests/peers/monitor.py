@@ -24,7 +24,7 @@ from src.monitor import LockMonitor
 
 EVERY = 100
 BATCH = 128
-PROBE = 32
+PROBE = 16
 SHARED = {"activation": "relu", "init": "gaussian", "weight_var": 2.0, "bias_var": 0.0, "branch_scale": 1.0}
 CASES = {
     "MLP, 10 layers of width 64": ("mnist", {"family": "mlp", "depth": 10, "width": 64, "norm": "none", "skip": "none"}),
