@@ -1,7 +1,7 @@
 """Gradient profile, severity, lock condition and saturation of a stage."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -187,6 +187,31 @@ def severity(signal: ErrorSignal) -> dict[str, float | int]:
     }
 
 
+def severities(signals: Sequence[ErrorSignal]) -> dict[str, list[float]]:
+    """The `severity` of several stages at once, from GGᵀ in float64, which loses nothing that a G of float32 holds.
+
+    Args:
+        signals: g_{l−1} of every stage, of the same N samples.
+
+    Returns: the columns of `severity`, a number a stage; NaN where G is not finite.
+    """
+    rows = [signal.relative() for signal in signals]
+    grams = torch.stack([G.double() @ G.double().T for G in rows]).cpu()
+    finite = grams.isfinite().all(2).all(1)[:, None]
+    squares = torch.linalg.eigvalsh(grams.where(finite[:, None], 0)).flip(1).clamp(min=0).where(finite, torch.nan)
+    shares = (squares / squares[:, :1]).sqrt()
+    tolerance = shares.new_tensor([max(G.shape) * torch.finfo(G.dtype).eps for G in rows])
+    rank = (shares > tolerance[:, None]).sum(1)
+    smallest = torch.tensor([min(G.shape) - 1 for G in rows])
+    columns = {
+        "lambda": 1 - shares.gather(1, smallest[:, None])[:, 0],
+        "lambda_nonzero": 1 - shares.gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0],
+        "rank": rank + 0 * squares[:, 0],
+        "stable_rank": shares.square().sum(1),
+    }
+    return {column: values.tolist() for column, values in columns.items()}
+
+
 def lock_condition(gradients: Float[Tensor, "n p"], free: Float[Tensor, "n p"]) -> dict[str, int | bool]:
     """The lock condition over the batch: rank of the N×|θ| matrix of per-sample gradients against its free rank.
 
@@ -234,5 +259,5 @@ def _slope(activation: nn.Module, z: Tensor) -> Tensor:
 
 
 def largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
-    """max |φ'(z)|, in the dtype and on the device of z."""
+    """The largest |φ'(z)|, in the dtype and on the device of a z."""
     return _slope(activation, torch.linspace(-8, 8, 1601, dtype=z.dtype, device=z.device)).max()

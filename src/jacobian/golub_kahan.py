@@ -79,7 +79,7 @@ def largest(push: Product, pull: Product, start: Float[Tensor, "n d"], tolerance
             p, theta, q = _ritz(alphas, betas)
             residual = beta * p[:, -1].abs()
             if at_end or bool((residual <= tolerance * theta).all()):
-                return Largest(theta, _unit(torch.einsum("nk,knd->nd", q, torch.stack(basis)))[0], residual, steps)
+                return Largest(theta, _unit((q.unsqueeze(1) @ torch.stack(basis, 1)).squeeze(1))[0], residual, steps)
             look += max(2, steps // 3)
         betas.append(beta)
         v = r
