@@ -42,7 +42,7 @@ class LockMonitor:
     - log_error_norm = ½ ln mean_n ‖g_l‖², nats,
     - saturation: the share of activation units whose slope is below a tenth of the largest; NaN without activation modules,
     - lambda = 1 − σ_min(G)/σ_max(G), G with rows g_lᵀJ_l; lambda_nonzero over the nonzero singular values; rank and stable_rank of G,
-    - norm: the median over the samples (of two the lower) of σ₁(J_l), from below, by a few Golub–Kahan–Lanczos steps from where the last ended,
+    - norm: the median σ₁(J_l) of the samples (of two the lower), from below, by a few Golub–Kahan–Lanczos steps from where the last ended,
 
     go to `history` and to the log. What has diverged is inf or NaN. As in `certify`, dropout is off and BatchNorm has its running
     statistics. The model's own hooks see nothing of it.

@@ -100,9 +100,8 @@ def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Float[Tensor, "n k
     B = torch.diag_embed(torch.stack(alphas, 1))
     if betas:
         B = B + torch.diag_embed(torch.stack(betas, 1), 1)
-    squares = (B @ B.mT).cpu()
-    # LAPACK refuses NaN; it comes back with B
-    squares = squares.where(squares.isfinite().all(2).all(1)[:, None, None], 0)
-    p = torch.linalg.eigh(squares).eigenvectors[..., -1].to(B)
+    exact = B.cpu().double()
+    # LAPACK refuses NaN, which comes back with B
+    p = torch.linalg.eigh((exact @ exact.mT).nan_to_num(0, 0, 0)).eigenvectors[..., -1].to(B)
     q, value = _unit((p.unsqueeze(1) @ B).squeeze(1))
     return p, value, q
