@@ -188,7 +188,7 @@ def severity(signal: ErrorSignal) -> dict[str, float | int]:
 
 
 def severities(signals: Sequence[ErrorSignal]) -> dict[str, list[float]]:
-    """The `severity` of several stages at once, from GGᵀ in float64, which loses nothing that a G of float32 holds.
+    """The `severity` of several stages at once, from GGᵀ in float64: to √(Nε), which loses nothing that a G of float32 holds.
 
     Args:
         signals: g_{l−1} of every stage, of the same N samples.
@@ -200,7 +200,8 @@ def severities(signals: Sequence[ErrorSignal]) -> dict[str, list[float]]:
     finite = grams.isfinite().all(2).all(1)[:, None]
     squares = torch.linalg.eigvalsh(grams.where(finite[:, None], 0)).flip(1).clamp(min=0).where(finite, torch.nan)
     shares = (squares / squares[:, :1]).sqrt()
-    tolerance = shares.new_tensor([max(G.shape) * torch.finfo(G.dtype).eps for G in rows])
+    known = (grams.shape[-1] * torch.finfo(grams.dtype).eps) ** 0.5  # as in `src.spectrum.gram_spectrum`
+    tolerance = shares.new_tensor([max(known, max(G.shape) * torch.finfo(G.dtype).eps) for G in rows])
     rank = (shares > tolerance[:, None]).sum(1)
     smallest = torch.tensor([min(G.shape) - 1 for G in rows])
     columns = {

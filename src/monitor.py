@@ -133,16 +133,6 @@ class _Stage:
         return ErrorSignal.of(pulled, signal.log_norm)
 
 
-@dataclass(frozen=True)
-class _Activated:
-    """A call of an activation in the stage l = at + 1: z, φ(z), and the slope below which a unit is saturated."""
-
-    at: int
-    z: Tensor
-    value: Tensor
-    least: float
-
-
 class _Probe:
     """A chain cut once from a copy of a model, at a probe batch.
 
@@ -152,8 +142,8 @@ class _Probe:
 
     def __init__(self, model: nn.Module, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss, device: torch.device):
         self.twin = _twin(model)
-        self.weights = _tensors(self.twin)
         self.chain = split(self.twin, None, torch.float32, "eval")
+        self.weights = _tensors(self.twin)
         self.inputs, self.targets, self.loss = inputs.detach().to(device, torch.float32), targets.to(device), loss
         self.draws = generator(0, "lock monitor")
         self.random: dict[tuple[int, ...], Tensor] = {}
@@ -163,9 +153,9 @@ class _Probe:
             check_stage(link, self._draw(link.signal.direction.shape), self._draw(link.inputs.shape))
             if structured.dense(link.stage, link.inputs):
                 self.linears[link.index - 1] = next(module for module in link.stage.modules() if isinstance(module, nn.Linear))
-        # what the hooks keep while the stages run
+        # what the hooks keep while a stage runs: z, φ(z) and the slope below which a unit is saturated; Wh + b
         self.at = 0
-        self.activated: list[_Activated] = []
+        self.activated: list[tuple[int, Tensor, Tensor, float]] = []
         self.preactivated: dict[int, Tensor] = {}
         for module in self.twin.modules():
             if isinstance(module, ACTIVATIONS):
@@ -179,12 +169,13 @@ class _Probe:
     def _activated(self, least: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(activation: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
             z = arguments[0].detach().clone().requires_grad_()
-            self.activated.append(_Activated(self.at, z, activation.forward(z), least))  # not a call, which this hook would see
+            self.activated.append((self.at, z, activation.forward(z), least))  # not a call, which this hook would see
 
         return keep
 
     def _preactivated(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self.preactivated[self.at] = output
+        if self.at in self.linears:  # another stage may share the layer
+            self.preactivated[self.at] = output
         return output.clone()  # which may be written over
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -202,6 +193,7 @@ class _Probe:
             **severities(signals[:0:-1]),
             "norm": self._norms(stages),
         }
+        self.activated, self.preactivated = [], {}  # and their memory
         return {name: {column: values[at] for column, values in columns.items()} for at, name in enumerate(self.chain.names)}
 
     def _run(self) -> list[_Stage]:
@@ -220,9 +212,10 @@ class _Probe:
     def _saturations(self) -> list[float]:
         """The share of units that are saturated, of every stage's activations; NaN of none."""
         flat: list[list[Tensor]] = [[] for _ in self.chain.stages]
-        for kept, slope in zip(self.activated, _slopes([(kept.z, kept.value) for kept in self.activated]), strict=True):
+        slopes = _slopes([(z, value) for _, z, value, _ in self.activated])
+        for (at, z, _, least), slope in zip(self.activated, slopes, strict=True):
             # 0·z makes NaN of what has diverged
-            flat[kept.at].append(((slope.abs() < kept.least) + 0 * kept.z.detach()).flatten())
+            flat[at].append(((slope.abs() < least) + 0 * z.detach()).flatten())
         return [float(torch.cat(units).mean()) if units else torch.nan for units in flat]
 
     def _norms(self, stages: Sequence[_Stage]) -> list[float]:
@@ -282,6 +275,6 @@ def _twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     for module in twin.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
-            for key in [key for key, hook in hooks.items() if not hook.__module__.startswith("torch.nn.utils")]:
+            for key in [key for key, hook in hooks.items() if not str(hook.__module__).startswith("torch.nn.utils")]:
                 del hooks[key]
     return twin

@@ -219,11 +219,21 @@ def test_attention_and_custom_stages():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_of_another_precision_is_measured_in_float32(dtype):
-    model, x = dense(4, 5, 3).to(dtype), normal(6, 4).to(dtype)
+    model, x = small("batch norm").to(dtype), normal(6, 1, 4, 4).to(dtype)
+    with LockMonitor(model, x, LABELS, every=1) as monitor:
+        seeded(model, 1)
+        monitor.step()
+    assert model[0][0].weight.dtype == model[0][1].running_var.dtype == dtype
+    assert_is_the_certificate(monitor.history.query("step == 1"), copy.deepcopy(model).double(), x.double(), LABELS)
+
+
+def test_a_layer_that_two_stages_share():
+    shared = nn.Linear(4, 4)
+    stages = [shared, nn.Sequential(shared, nn.Tanh()), nn.Sequential(nn.Tanh(), shared), nn.Linear(4, 3)]
+    model, x = seeded(nn.Sequential(*stages)), normal(6, 4)
     with LockMonitor(model, x, LABELS) as monitor:
         pass
-    assert model[0][0].weight.dtype == dtype
-    assert_is_the_certificate(monitor.history, copy.deepcopy(model).double(), x.double(), LABELS)
+    assert_is_the_certificate(monitor.history, model, x, LABELS)
 
 
 def test_another_loss():

@@ -75,3 +75,18 @@ def test_the_upper_side_holds_for_all_but_unlucky_starts():
     assert (below > 1.1).all()
     assert of(J, least=least).steps >= least
     assert Largest(found.value, found.vector, found.residual, 1).upper(0.05).isinf().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_spoils_no_other(bad):
+    J = normal(3, 5, 4).double()
+    expected = torch.linalg.svdvals(J)[:, 0]
+    J[1, 2, 3] = bad
+    found = of(J, most=30).value
+    assert not found[1].isfinite()
+    torch.testing.assert_close(found[::2], expected[::2], rtol=1e-10, atol=0)
+
+
+def test_float32_does_not_overflow_where_its_squares_do():
+    J = 1e15 * normal(3, 5, 4)
+    torch.testing.assert_close(of(J, tolerance=1e-5).value, torch.linalg.svdvals(J)[:, 0], rtol=1e-5, atol=0)
