@@ -1,6 +1,7 @@
 """A probe batch watched while a model trains: which stages the gradient still reaches, every k steps, at a few percent of a step."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ Log = Callable[[dict[str, float], int], object]
 
 # relative residual at which σ₁ has converged: the error of a value is of the order of its square
 TOLERANCE = 1e-2
-# Golub–Kahan–Lanczos steps at most, of the first measurement, and of those that start where the last ended; dense stages are small,
-# where a few steps are all that 5% of a training step pays
-COLD, WARM, WARM_DENSE = 300, 12, 4
+# Golub–Kahan–Lanczos steps at most: of the first measurement, of those that start where the last ended, and of these where states have
+# fewer entries than SMALL: there the calls take the time, in a step of the training too, and few are paid by 5% of it
+COLD, WARM, WARM_SMALL = 300, 12, 4
+SMALL = 2**11
 # of a random direction in a warm start: neither zero nor a singular vector that another has overtaken is kept for ever
 FRESH = 0.1
 
@@ -187,8 +189,9 @@ class _Probe:
         signals = [loss_signal(self.loss, stages[-1].y.detach(), self.targets)]
         for stage in stages[::-1]:
             signals.append(stage.pull_back(signals[-1]))
+        log_norms = torch.stack([signal.log_norm for signal in signals[-2::-1]])
         columns = {
-            "log_error_norm": [signal.log_rms() for signal in signals[-2::-1]],
+            "log_error_norm": (((2 * log_norms).logsumexp(1) - math.log(len(self.inputs))) / 2).tolist(),
             "saturation": self._saturations(),
             **severities(signals[:0:-1]),
             "norm": self._norms(stages),
@@ -226,7 +229,7 @@ class _Probe:
             where = [at for at, other in enumerate(kinds) if other == kind]
             push, pull = _products([stages[at] for at in where])
             if kind in self.warm:
-                start, most = self.warm[kind].nan_to_num(0) + FRESH * self.random[kind], WARM_DENSE if len(kind) == 1 else WARM
+                start, most = self.warm[kind].nan_to_num(0) + FRESH * self.random[kind], WARM_SMALL if max(kind) < SMALL else WARM
             else:
                 start, most = normalize(self._draw((len(where) * len(self.inputs), kind[0]))), COLD
                 self.random[kind] = start

@@ -27,7 +27,11 @@ BATCH = 128
 PROBE = 16
 SHARED = {"activation": "relu", "init": "gaussian", "weight_var": 2.0, "bias_var": 0.0, "branch_scale": 1.0}
 CASES = {
+    # as in conf/model/mlp.yaml
+    "MLP, 16 layers of width 128": ("mnist", {"family": "mlp", "depth": 16, "width": 128, "norm": "none", "skip": "none"}),
+    # small enough that a step is mostly calls, as a measurement is
     "MLP, 10 layers of width 64": ("mnist", {"family": "mlp", "depth": 10, "width": 64, "norm": "none", "skip": "none"}),
+    "MLP, 16 layers of width 128, BatchNorm": ("mnist", {"family": "mlp", "depth": 16, "width": 128, "norm": "batch", "skip": "none"}),
     "ResNet-20": ("cifar10", {"family": "cifar", "depth": 20, "width": 16, "norm": "batch", "skip": "original"}),
 }
 
