@@ -44,8 +44,8 @@ def expected(model, x, y, **options):
     return table[QUANTITIES]
 
 
-def assert_is_the_certificate(found, model, x, y, **options):
-    """λ and the rank to the rounding of float32; σ₁ within 2%, and not above."""
+def assert_is_the_certificate(found, model, x, y, slack=0.001, **options):
+    """λ and the rank to the rounding of float32; σ₁ within the slack, and not above."""
     wanted = expected(model, x, y, **options)
     found = found.set_index("index")[QUANTITIES]
     np.testing.assert_allclose(found[["log_error_norm", "stable_rank"]], wanted[["log_error_norm", "stable_rank"]], rtol=1e-4, atol=1e-4)
@@ -55,7 +55,7 @@ def assert_is_the_certificate(found, model, x, y, **options):
     np.testing.assert_allclose(found["lambda_nonzero"][full], wanted["lambda_nonzero"][full], atol=1e-5)
     assert (found["rank"] <= wanted["rank"]).all()
     assert (found["norm"] <= wanted["norm"] * (1 + 1e-5)).all()
-    np.testing.assert_allclose(found["norm"], wanted["norm"], rtol=0.02)
+    np.testing.assert_allclose(found["norm"], wanted["norm"], rtol=slack)
 
 
 def train(model, monitor=None, steps=20, shape=(4,), seed=0):
@@ -130,9 +130,9 @@ def test_after_training_it_measures_the_trained_weights(name):
             monitor.step()
     history = monitor.history
     assert sorted(set(history["step"])) == [0, 6, 12]
-    assert_is_the_certificate(history.query("step == 12"), model, x, y)
+    assert_is_the_certificate(history.query("step == 12"), model, x, y, slack=0.05)
     with pytest.raises(AssertionError):
-        assert_is_the_certificate(history.query("step == 6"), model, x, y)
+        assert_is_the_certificate(history.query("step == 6"), model, x, y, slack=0.05)
 
 
 def test_it_cuts_once(monkeypatch):
@@ -222,9 +222,10 @@ def test_a_model_of_another_precision_is_measured_in_float32(dtype):
     model, x = small("batch norm").to(dtype), normal(6, 1, 4, 4).to(dtype)
     with LockMonitor(model, x, LABELS, every=1) as monitor:
         seeded(model, 1)
-        monitor.step()
+        for _ in range(5):
+            monitor.step()
     assert model[0][0].weight.dtype == model[0][1].running_var.dtype == dtype
-    assert_is_the_certificate(monitor.history.query("step == 1"), copy.deepcopy(model).double(), x.double(), LABELS)
+    assert_is_the_certificate(monitor.history.query("step == 5"), copy.deepcopy(model).double(), x.double(), LABELS)
 
 
 def test_a_layer_that_two_stages_share():
@@ -336,6 +337,23 @@ def test_entering_draws_no_random_number():
     assert not torch.equal(torch.get_rng_state(), state)
 
 
+class Drawing(nn.Module):
+    def forward(self, x):
+        torch.rand(1)
+        return x
+
+
+def test_a_model_that_draws_random_numbers_in_every_mode_draws_no_more_of_them():
+    def trained(watch):
+        model = nn.Sequential(dense(4, 5, 3), Drawing(), nn.Dropout())
+        if not watch:
+            return train(model)
+        with LockMonitor(model, normal(6, 4), LABELS, every=3) as monitor:
+            return train(model, monitor)
+
+    assert_same(trained(watch=True), trained(watch=False))
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
@@ -396,15 +414,15 @@ def test_what_diverges_is_told_and_does_not_end_the_training(name, value):
                 parameter.fill_(value)
         monitor.step()
         model.load_state_dict(weights)
-        for _ in range(3):
+        for _ in range(7):
             monitor.step()
     told = monitor.history.query("step == 1")
     assert not np.isfinite(told[["log_error_norm", "norm"]].to_numpy()).all()
     if not value < 1e31:
-        assert not np.isfinite(told[["log_error_norm", "lambda", "rank", "stable_rank"]].to_numpy()[1:]).any()
+        assert not np.isfinite(told[["log_error_norm", "saturation", "lambda", "rank", "stable_rank"]].to_numpy()[1:]).any()
         weighted = [bool([*part.parameters()]) for part in model]
         assert not np.isfinite(told["norm"][weighted]).any()
-    assert_is_the_certificate(monitor.history.query("step == 4"), model, x, LABELS)
+    assert_is_the_certificate(monitor.history.query("step == 8"), model, x, LABELS)
 
 
 def test_a_net_that_diverges_while_it_trains():

@@ -87,7 +87,7 @@ def test_every_experiment_ends_in_verdicts(results: Path) -> None:
     assert done >= {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
 
 
-@pytest.mark.parametrize(("place", "told"), [(0, "skip depth"), (1, "log_error_norm")])
+@pytest.mark.parametrize(("place", "told"), [(0, "skip depth"), (1, "index")])
 def test_the_python_blocks_run(place: int, told: str) -> None:
     assert len(blocks("python")) == 2
     assert told in answer(["-c", blocks("python")[place]])
