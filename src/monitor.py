@@ -258,8 +258,7 @@ def _apart(device: torch.device) -> Iterator[None]:
     """Apart from the training: its random numbers, modes and precision neither decide nor notice what happens here."""
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # with gradients, under no_grad too
         torch.autocast(device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),  # the backward passes of the others can't be differentiated
     ):

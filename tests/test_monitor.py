@@ -208,9 +208,19 @@ class Squared(nn.Module):
         return x * x
 
 
+class WrittenOver(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(20, 4)
+
+    def forward(self, x):
+        return self.linear(x).sigmoid_()
+
+
 def test_attention_and_custom_stages():
     x = normal(6, 5, 4)
-    for model in (seeded(Attention()), nn.Sequential(nn.Flatten(), seeded(nn.Linear(20, 4)), Squared(), seeded(nn.Linear(4, 3)))):
+    custom = nn.Sequential(nn.Flatten(), WrittenOver(), Squared(), nn.Linear(4, 3))
+    for model in (seeded(Attention()), seeded(custom)):
         with LockMonitor(model, x, LABELS) as monitor:
             pass
         with sdpa_kernel(SDPBackend.MATH):
@@ -463,9 +473,11 @@ with LockMonitor(model, torch.randn(6, 4), torch.arange(6) % 3, every=2) as moni
     for logs in (False, True):
         with wandb.init(mode="offline", dir=str(logs), settings=quiet) as run:
             for step in range(1, 6):
-                monitor.step()
                 if logs:
                     run.log({"loss": step}, step=step)
+                monitor.step()
+                if logs:
+                    run.log({"accuracy": step}, step=step)
 """
 
 
@@ -485,8 +497,9 @@ def test_weights_and_biases(tmp_path):
         ours = [row for row in rows if "backlock/step" in row]
         assert [int(row["backlock/step"]) for row in ours] == steps
         assert all({f"backlock/{stage}/{quantity}" for stage in "01" for quantity in QUANTITIES} <= row.keys() for row in ours)
-        # no row of the training is displaced or lost
-        assert [int(row["loss"]) for row in rows if "loss" in row] == losses
+        # nothing of the training is displaced or lost
+        for own in ("loss", "accuracy"):
+            assert [int(row[own]) for row in rows if own in row] == losses
 
 
 @pytest.mark.parametrize("wandb", [None, SimpleNamespace(run=None)])
