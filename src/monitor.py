@@ -30,7 +30,7 @@ Log = Callable[[dict[str, float], int], object]
 TOLERANCE = 1e-2
 # Golub–Kahan–Lanczos steps at most: of the first measurement, of those that start where the last ended, and of these where states have
 # fewer entries than SMALL: there the calls take the time, in a step of the training too, and few are paid by 5% of it. Along trainings
-# on MNIST at k = 100 the medians were 0.5% below σ₁ on average, and 4% at worst, early
+# on MNIST at k = 100 the medians were about 1% below σ₁, and 4% at worst, early
 COLD, WARM, WARM_SMALL = 300, 12, 4
 SMALL = 2**11
 # of a random direction in a warm start: neither zero nor a singular vector that another has overtaken is kept for ever
