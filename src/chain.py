@@ -79,7 +79,15 @@ def cut(
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    chain = split(copy.deepcopy(model), stages, dtype, batch_norm)
+    for stage in () if backpropagated else chain.stages:
+        steady(stage)
+    return chain
+
+
+def split(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
+    """Cut a model itself into a chain, as `cut` does a copy: the stages share its modules, and differentiate as training does."""
+    twin = model.to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
         if getattr(module, "inplace", False):
             module.inplace = False
@@ -87,8 +95,6 @@ def cut(
             _prepare_batch_norm(name, module, batch_norm)
     chain = _group(_stages(twin), stages)
     for stage in chain.stages:
-        if not backpropagated:
-            steady(stage)
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
         chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)

@@ -1,7 +1,7 @@
 """Gradient profile, severity, lock condition and saturation of a stage."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -192,6 +192,32 @@ def severity(signal: ErrorSignal) -> dict[str, float | int]:
     }
 
 
+def severities(signals: Sequence[ErrorSignal]) -> dict[str, list[float]]:
+    """The `severity` of several stages at once, from GGᵀ in float64: to √(Nε), which loses nothing that a G of float32 holds.
+
+    Args:
+        signals: g_{l−1} of every stage, of the same N samples.
+
+    Returns: the columns of `severity`, a number a stage; NaN where G is not finite.
+    """
+    rows = [signal.relative() for signal in signals]
+    grams = torch.stack([G.double() @ G.double().T for G in rows]).cpu()
+    finite = grams.isfinite().all(2).all(1)[:, None]
+    squares = torch.linalg.eigvalsh(grams.where(finite[:, None], 0)).flip(1).clamp(min=0).where(finite, torch.nan)
+    shares = (squares / squares[:, :1]).sqrt()
+    known = (grams.shape[-1] * torch.finfo(grams.dtype).eps) ** 0.5  # as in `src.spectrum.gram_spectrum`
+    tolerance = shares.new_tensor([max(known, max(G.shape) * torch.finfo(G.dtype).eps) for G in rows])
+    rank = (shares > tolerance[:, None]).sum(1)
+    smallest = torch.tensor([min(G.shape) - 1 for G in rows])
+    columns = {
+        "lambda": 1 - shares.gather(1, smallest[:, None])[:, 0],
+        "lambda_nonzero": 1 - shares.gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0],
+        "rank": rank + 0 * squares[:, 0],
+        "stable_rank": shares.square().sum(1),
+    }
+    return {column: values.tolist() for column, values in columns.items()}
+
+
 def lock_condition(gradients: Float[Tensor, "n p"], free: Float[Tensor, "n p"]) -> dict[str, int | bool]:
     """The lock condition over the batch: rank of the N×|θ| matrix of per-sample gradients against its free rank.
 
@@ -219,7 +245,7 @@ def saturation(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor
     flat: list[Tensor] = []
 
     def record(module: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
-        flat.append((_slope(module, arguments[0]) < SATURATED * _largest_slope(module, arguments[0])).reshape(len(inputs), -1))
+        flat.append((_slope(module, arguments[0]) < SATURATED * largest_slope(module, arguments[0])).reshape(len(inputs), -1))
 
     hooks = [module.register_forward_hook(record) for module in stage.modules() if isinstance(module, ACTIVATIONS)]
     try:
@@ -238,5 +264,6 @@ def _slope(activation: nn.Module, z: Tensor) -> Tensor:
     return pull_back(torch.ones_like(z)).abs()
 
 
-def _largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
+def largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
+    """The largest |φ'(z)|, in the dtype and on the device of a z."""
     return _slope(activation, torch.linspace(-8, 8, 1601, dtype=z.dtype, device=z.device)).max()

@@ -1,7 +1,8 @@
 """Weights & Biases as a mirror of the run folder; `tracker=none` never imports it."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -82,6 +83,25 @@ class WandB:
             raise UserError(
                 f"{folder}: finished, but Weights & Biases can't take it ({error}); mend that, or do with tracker=none"
             ) from error
+
+
+class ActiveRun:
+    """Adds scalars to the row that the active run of Weights & Biases is at, if there is a run: the steps stay those of who logs there."""
+
+    def __init__(self) -> None:
+        self.row: tuple[str, int] | None = None
+
+    def __call__(self, scalars: Mapping[str, float], step: int) -> None:
+        """Log scalars named `backlock/…` over backlock/step."""
+        wandb = sys.modules.get("wandb")  # who has a run has imported it
+        if wandb is None or wandb.run is None:
+            return
+        run = wandb.run
+        if self.row == (run.id, run.step):  # nobody has logged since: the row still holds what came before
+            run.log({}, commit=True)
+        run.define_metric("backlock/*", step_metric="backlock/step")
+        run.log({**scalars, "backlock/step": step}, commit=False)
+        self.row = run.id, run.step
 
 
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

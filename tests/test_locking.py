@@ -3,6 +3,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from src.locking import (
     log_rms,
     loss_signal,
     saturation,
+    severities,
     severity,
     walk_back,
 )
@@ -200,6 +202,26 @@ def test_cross_entropy_locks_the_logits_as_stated():
 def test_severity_in_closed_form(rows, expected):
     signal = ErrorSignal.of(rows.double(), torch.zeros(len(rows)).double())
     assert tuple(severity(signal).values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_severities_of_several_stages_at_once():
+    """Wide, narrow, of low rank, and none; in float32 too, where the rank is that of float32."""
+    matrices = [normal(4, 7), normal(4, 2, seed=1), normal(4, 1, seed=2).double() @ normal(1, 5, seed=3).double(), torch.zeros(4, 3)]
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        signals = [ErrorSignal.of(G.to(dtype), torch.zeros(4, dtype=dtype)) for G in matrices]
+        found = pd.DataFrame(severities(signals))
+        np.testing.assert_allclose(found, pd.DataFrame([severity(signal) for signal in signals])[found.columns], atol=tolerance)
+        assert found["rank"].tolist() == [4, 2, 1, 0]
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(found[::-1], pd.DataFrame([severity(signal) for signal in signals])[found.columns], atol=tolerance)
+
+
+def test_severities_of_a_signal_that_is_not_finite_are_nan():
+    bad = torch.eye(2)
+    bad[1, 0] = torch.nan
+    found = pd.DataFrame(severities([ErrorSignal.of(G, torch.zeros(2)) for G in (torch.eye(2), bad)]))
+    assert found.notna().all(axis=1).tolist() == [True, False]
+    assert found.iloc[1].isna().all()
 
 
 def test_the_severity_of_no_signal_is_undefined():

@@ -87,9 +87,10 @@ def test_every_experiment_ends_in_verdicts(results: Path) -> None:
     assert done >= {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
 
 
-def test_the_python_block_runs() -> None:
-    (block,) = blocks("python")
-    assert "skip depth" in answer(["-c", block])
+@pytest.mark.parametrize(("place", "told"), [(0, "skip depth"), (1, "index")])
+def test_the_python_blocks_run(place: int, told: str) -> None:
+    assert len(blocks("python")) == 2
+    assert told in answer(["-c", blocks("python")[place]])
 
 
 def test_every_experiment_and_figure_stands_in_the_readme() -> None:

@@ -77,7 +77,7 @@ def largest(
         least: steps before which it does not stop.
         most: steps after which it stops all the same; and no more than there are directions, and one that the start may add.
 
-    Returns: values, vectors and residuals; zeros for a zero matrix.
+    Returns: values, vectors and residuals; zeros for a zero matrix, NaN for one whose products are not finite.
     """
     v = _unit(start)[0]
     u, alpha = _unit(push(v))
@@ -145,7 +145,7 @@ def joined(parts: Sequence[Largest]) -> Largest:
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
     """Vectors of length 1 and their lengths; zero for those no longer than `nothing`."""
     length = torch.linalg.vector_norm(vectors, dim=1)
-    length = torch.where(length > nothing, length, 0)
+    length = torch.where(length <= nothing, 0, length)  # NaN stays
     return vectors * torch.where(length > 0, 1 / length, 0)[:, None], length
 
 
@@ -156,8 +156,11 @@ def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: li
     """
     diagonal, beside = torch.stack(alphas, 1)[at], torch.stack(betas, 1)[at]
     B = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], 1)
-    squares, vectors = torch.linalg.eigh((B @ B.mT).cpu())
-    values, P = squares.clamp(min=0).sqrt().to(B), vectors.to(B)
+    # LAPACK refuses NaN; squares in single precision may overflow
+    exact = B.cpu().double()
+    squares, vectors = torch.linalg.eigh((exact @ exact.mT).nan_to_num(0, 0, 0))
+    values = torch.where(B.isfinite().flatten(1).all(1, keepdim=True), squares.clamp(min=0).sqrt().to(B), torch.nan)
+    P = vectors.to(B)
     residuals = beside[:, -1:] * P[:, -1].abs()
     found.value[at], found.residual[at] = values[:, -1], residuals[:, -1]
     found.smallest[at] = torch.where(diagonal.amin(1) > 0, torch.hypot(values[:, 0], residuals[:, 0]), torch.inf)

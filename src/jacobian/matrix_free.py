@@ -1,16 +1,17 @@
 """Jacobians that are too large to write out, by their products with vectors."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.func import linearize
 
 from src.jacobian.bounds import bounds
-from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, Largest, joined, largest, refined, steps_for
+from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, Largest, Product, joined, largest, refined, steps_for
 from src.jacobian.materialised import transpose
 from src.spectrum import Extremes, Known
 
@@ -46,6 +47,30 @@ def layer_products(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Products
         rows=outputs[0].numel(),
         columns=inputs[0].numel(),
     )
+
+
+def stacked_products(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Product, Product]:
+    """U = Jv and v = Jᵀu of several stages of one size, at once, from the graphs of their outputs.
+
+    Jᵀu is a pass backwards, Jv the transpose of the linear map u ↦ Jᵀu: nothing is traced, which takes longer than many products.
+
+    Args:
+        inputs: N inputs of every stage, with requires_grad.
+        outputs: what the stages made of them, each sample of its own.
+
+    Returns: the products, which take and give a row a sample, those of one stage below those of another.
+    """
+    covectors = [torch.zeros_like(y).requires_grad_() for y in outputs]
+    pulled = grad([*outputs], [*inputs], covectors, create_graph=True)
+
+    def transposed(values: Sequence[Tensor], points: Sequence[Tensor]) -> Product:
+        def product(rows: Tensor) -> Tensor:
+            parts = [part.reshape(value.shape) for part, value in zip(rows.split(len(values[0])), values, strict=True)]
+            return torch.cat([x.flatten(1) for x in grad([*values], [*points], parts, retain_graph=True)])
+
+        return product
+
+    return transposed(pulled, covectors), transposed(outputs, inputs)
 
 
 def extremes(

@@ -4,6 +4,7 @@ A factorisation of W then serves every sample: σ₁ by Golub–Kahan–Lanczos 
 accurate where the decomposition of J itself loses σ_min to the rounding of σ₁.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx import Node, Tracer
+from torch.nn.utils.rnn import pad_sequence
 
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
 from src.jacobian.golub_kahan import RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
@@ -238,3 +240,22 @@ def _active(
     if failed.any():
         return None
     return rows, torch.where(kept, s.gather(1, rows), torch.inf), torch.linalg.solve_triangular(C, apart.expand_as(C), upper=False)
+
+
+def stacked_products(weights: Sequence[Float[Tensor, "_ d"]], slopes: Sequence[Float[Tensor, "n _"]]) -> tuple[Product, Product]:
+    """U = Jv and v = Jᵀu of several stages J = diag(s) W of as many columns, at once.
+
+    Args:
+        weights: W of every stage.
+        slopes: s of every stage, at N samples.
+
+    Returns: the products, which take and give a row a sample, those of one stage below those of another; a stage of fewer rows than
+        another has zeros in their place.
+    """
+    W = pad_sequence([*weights], batch_first=True)
+    s = pad_sequence([of_stage.T for of_stage in slopes], batch_first=True).mT
+    samples = s.shape[:2]
+    return (
+        lambda v: (s * (v.unflatten(0, samples) @ W.mT)).flatten(0, 1),
+        lambda u: ((s * u.unflatten(0, samples)) @ W).flatten(0, 1),
+    )

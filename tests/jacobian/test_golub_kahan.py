@@ -113,3 +113,18 @@ def test_a_vector_of_single_precision_is_refined_by_one_product():
     # of other matrices the vector is no answer, and that is seen
     other = normal(4, 60, 70, seed=1).double()
     torch.testing.assert_close(refined(*products(other), rough).value, torch.linalg.svdvals(other)[:, 0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_spoils_no_other(bad):
+    J = normal(3, 5, 4).double()
+    expected = torch.linalg.svdvals(J)[:, 0]
+    J[1, 2, 3] = bad
+    found = of(J, most=30).value
+    assert not found[1].isfinite()
+    torch.testing.assert_close(found[::2], expected[::2], rtol=1e-10, atol=0)
+
+
+def test_float32_does_not_overflow_where_its_squares_do():
+    J = 1e15 * normal(3, 5, 4)
+    torch.testing.assert_close(of(J, tolerance=1e-5).value, torch.linalg.svdvals(J)[:, 0], rtol=1e-5, atol=0)

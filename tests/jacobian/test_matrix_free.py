@@ -6,7 +6,7 @@ from torch import nn
 
 from src.jacobian import materialised
 from src.jacobian.materialised import layer_jacobian, parameter_jacobian_norm
-from src.jacobian.matrix_free import extremes, layer_products
+from src.jacobian.matrix_free import extremes, layer_products, stacked_products
 from tests.jacobian.networks import SMALL, as_double, normal, seeded, small
 
 
@@ -23,6 +23,20 @@ def test_the_products_are_those_with_the_matrix(name):
         # ⟨Ju, v⟩ = ⟨u, Jᵀv⟩
         torch.testing.assert_close((products.push(v) * u).sum(1), (v * products.pull(u)).sum(1))
         state = stage(state)
+
+
+def test_the_products_of_several_stages_at_once():
+    stages = [
+        seeded(nn.Sequential(nn.Conv2d(1, 2, 3), act), seed).double() for seed, act in enumerate((nn.Tanh(), nn.ReLU(), nn.Identity()))
+    ]
+    inputs = [normal(3, 1, 4, 4, seed=seed).double().requires_grad_() for seed in range(3)]
+    push, pull = stacked_products(inputs, [stage(x) for stage, x in zip(stages, inputs, strict=True)])
+    J = torch.cat([layer_jacobian(stage, x.detach()) for stage, x in zip(stages, inputs, strict=True)])
+    u, v = normal(9, 8, seed=1).double(), normal(9, 16, seed=2).double()
+    torch.testing.assert_close(push(v), (J @ v[..., None])[..., 0])
+    torch.testing.assert_close(pull(u), (u[:, None] @ J)[:, 0])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(push(v), (J.flip(0) @ v[..., None])[..., 0])
 
 
 def test_an_operation_that_no_bound_knows_is_estimated():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
-from src.jacobian.structured import dense, extremes
+from src.jacobian.structured import dense, extremes, stacked_products
 from src.models import Residual
 from tests.jacobian.networks import as_double, matrix_stage, normal, seeded
 
@@ -107,3 +107,15 @@ def test_the_smallest_singular_value_is_right_where_the_decomposition_of_j_loses
     torch.testing.assert_close(found[0], true, rtol=1e-10, atol=0)
     written_out = torch.linalg.svdvals(graded.jacobians())[0, -1]
     assert abs(written_out / true - 1) > 1e-6
+
+
+def test_the_products_of_several_stages_at_once():
+    weights = [normal(m, 6, seed=m) for m in (4, 6, 9)]
+    slopes = [normal(5, m, seed=2 * m) for m in (4, 6, 9)]
+    push, pull = stacked_products(weights, slopes)
+    u, v = normal(15, 9, seed=1), normal(15, 6, seed=2)
+    for at, (W, s) in enumerate(zip(weights, slopes, strict=True)):
+        J, own = s[:, :, None] * W, slice(5 * at, 5 * at + 5)
+        torch.testing.assert_close(push(v)[own, : len(W)], (J @ v[own, :, None])[..., 0])
+        torch.testing.assert_close(pull(u)[own], (u[own, None, : len(W)] @ J)[:, 0])
+        assert (push(v)[own, len(W) :] == 0).all()
