@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src import paths
-from src.chain import BatchNormMode, cut, require_finite
+from src.chain import BatchNormMode, branch, cut, require_finite
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
 from src.jacobian.backpropagated import Backpropagated, Call
@@ -56,7 +57,8 @@ class Certificate:
             within the backward error, "enclosed" for certain, or "estimated" with probability 1 − 1e-6; cond_active, of the singular values
             above τ alone; tau; stable_rank; rank_structural, which no rank exceeds; rank_backprop and backprop_error (‖J' − J‖_F/‖J‖_F), of
             the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method ("exact", "factorised",
-            "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
+            "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats);
+            branch_norm, σ₁ from below of the branch of a residual block, whose sum has the norm; NaN where there is no skip.
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
@@ -77,6 +79,7 @@ class Certificate:
     product: Product | None
 
     @cached_property
+    @sdpa_kernel(SDPBackend.MATH)
     def first_parameter_norm(self) -> Float[Tensor, " n"]:
         """‖P_1‖ of every sample; taken when it is asked for first, by the bound."""
         stage, inputs = self.first
@@ -203,6 +206,7 @@ class Certificate:
         return out.getvalue()
 
 
+@sdpa_kernel(SDPBackend.MATH)  # torch.func has no rules for the others
 def certify(
     model: nn.Module,
     inputs: Float[Tensor, "n ..."],
@@ -220,11 +224,12 @@ def certify(
     of the other stages but their inputs.
 
     Args:
-        model: an `nn.Sequential` whose children are the stages; it stays untouched.
+        model: an `nn.Sequential` whose children are the stages, or one that torch.fx or torch.export can trace; it stays untouched.
         inputs: N inputs H_0, on the model's device.
         targets: N targets.
         loss: ℓ(H_L, y); it is applied to one sample at a time (to the whole batch under batch_norm="train").
-        stages: names of the children to cut after; None cuts after every child.
+        stages: names of the stages to cut after, None cuts after every one; of a model that cannot be traced, the submodules that are
+            its stages, in order.
         method: "exact" writes each J_l out; "matrix_free" encloses σ₁ and the rank by products with vectors; "auto" takes for each stage
             "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds.
         dtype: the arithmetic of the measurement.
@@ -239,7 +244,7 @@ def certify(
     if method not in get_args(Method):
         raise UserError(f"certify: method={method!r}; use 'auto', 'exact' or 'matrix_free'")
     require_pairs(inputs, targets)
-    chain = cut(model, stages, dtype, batch_norm)
+    chain = cut(model, stages, dtype, batch_norm, inputs=inputs)
     layers, severities, known = [], [], []
     trained = _as_trained(model, inputs, stages, batch_norm)
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
@@ -258,7 +263,7 @@ def certify(
         if product is not None:
             product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
         norms, gradients, free = _gradients(link, structure, probe)
-        layers.append(_layer_rows(link, found, backpropagated, norms))
+        layers.append(_layer_rows(link, found, backpropagated, norms).assign(branch_norm=_branch_norm(link, start.flatten(1))))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
 
@@ -283,7 +288,7 @@ def certify(
 def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequence[str] | None, batch_norm: BatchNormMode) -> list[Call]:
     """The stages as training differentiates them, in the model's own dtype, each with its inputs."""
     own = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
-    chain = cut(model, stages, own, batch_norm, backpropagated=True)
+    chain = cut(model, stages, own, batch_norm, backpropagated=True, inputs=inputs)
     own_inputs = inputs.detach().to(own).contiguous()
     return [*zip(chain.stages, chain.states(own_inputs.unsqueeze(0) if chain.on_batch else own_inputs), strict=False)]
 
@@ -315,6 +320,13 @@ def _gradients(
         return structure.gradient_norm(signal), structure.gradient_matrix(signal), structure.gradient_matrix(probe)
     gradients = parameter_gradients(link.stage, link.inputs, signal)
     return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
+
+
+def _branch_norm(link: Link, start: Float[Tensor, "n d"]) -> np.ndarray:
+    """σ₁ of the Jacobian of what the stage adds to its skip, a sample; NaN where it has none."""
+    block = branch(link.stage)
+    norm = torch.full_like(start[:, 0], torch.nan) if block is None else matrix_free.norm(block, link.inputs, start)
+    return norm.cpu().numpy()
 
 
 def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:

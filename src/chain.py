@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from src import trace
+from src.by_hand import named_stages
 from src.errors import UserError
 from src.jacobian.steady import steady
-from src.trace import traced_stages
+from src.trace import Untraceable, is_traceable, traceable, traced_stages
 
 BatchNormMode = Literal["eval", "train"]
 Value = Tensor | Proxy  # torch.fx traces the stages with proxies
@@ -63,29 +65,46 @@ class OnBatch(nn.Module):
         return self.stage(batch.squeeze(0)).unsqueeze(0)
 
 
+def branch(stage: nn.Module) -> nn.Module | None:
+    """What a stage of a chain adds to its skip; None where it is no residual block."""
+    if not isinstance(stage, OnBatch):
+        return trace.branch(stage)
+    block = trace.branch(stage.stage)
+    return None if block is None else OnBatch(block)
+
+
 def cut(
-    model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode, backpropagated: bool = False
+    model: nn.Module,
+    stages: Sequence[str] | None,
+    dtype: torch.dtype,
+    batch_norm: BatchNormMode,
+    backpropagated: bool = False,
+    inputs: Tensor | None = None,
 ) -> Chain:
     """Cut a copy of a model into a chain; the model itself stays untouched.
 
     Args:
         model: an `nn.Sequential`, whose children are the stages, or any model that torch.fx can trace, cut where one tensor separates
-            what is before from what is after.
-        stages: names of the stages to cut after; None cuts after every one.
+            what is before from what is after; with inputs also one that torch.export can, or whose stages are named.
+        stages: names of the stages to cut after, None cuts after every one; of a model that can't be traced, the submodules that are its
+            stages.
         dtype: the arithmetic of the copy.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own, one operator on the batch.
         backpropagated: differentiate as training does, not by formulas that keep the digits of saturated units.
+        inputs: a batch to run where torch.fx is not enough.
 
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    chain = split(copy.deepcopy(model), stages, dtype, batch_norm)
+    chain = split(copy.deepcopy(model), stages, dtype, batch_norm, inputs)
     for stage in () if backpropagated else chain.stages:
         steady(stage)
     return chain
 
 
-def split(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode) -> Chain:
+def split(
+    model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode, inputs: Tensor | None = None
+) -> Chain:
     """Cut a model itself into a chain, as `cut` does a copy: the stages share its modules, and differentiate as training does."""
     twin = model.to(dtype).eval().requires_grad_(False)
     for name, module in twin.named_modules():
@@ -93,7 +112,13 @@ def split(model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, ba
             module.inplace = False
         if isinstance(module, _BatchNorm):
             _prepare_batch_norm(name, module, batch_norm)
-    chain = _group(_stages(twin), stages)
+    batch = None if inputs is None else inputs.detach().to(dtype)
+    try:
+        chain = _group(_stages(twin, batch), stages)
+    except Untraceable:
+        if not stages or batch is None:
+            raise
+        chain = _group(named_stages(twin, stages, batch), None)
     for stage in chain.stages:
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
@@ -114,13 +139,18 @@ def _prepare_batch_norm(name: str, module: _BatchNorm, mode: BatchNormMode) -> N
         raise UserError(f"{name}: BatchNorm without running statistics couples the samples; certify with batch_norm='train'")
 
 
-def _stages(model: nn.Module) -> dict[str, nn.Module]:
+def _stages(model: nn.Module, inputs: Tensor | None) -> dict[str, nn.Module]:
     """The children of a sequential model, else what its graph is cut into."""
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
         # not named_children(), which lists a module that stands twice only once
         children = {name: child for name, child in model._modules.items() if child is not None}
+        if inputs is not None and not all(is_traceable(child) for child in children.values()):
+            with torch.no_grad():
+                for name, child in children.items():
+                    children[name] = traceable(child, inputs)
+                    inputs = child(inputs)
     else:
-        children = traced_stages(model)
+        children = traced_stages(model, inputs)
     if not children:
         raise UserError(f"{type(model).__name__}: nothing to certify, it has no stages")
     return children

@@ -145,9 +145,9 @@ class _Probe:
 
     def __init__(self, model: nn.Module, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss, device: torch.device):
         self.twin = _twin(model)
-        self.chain = split(self.twin, None, torch.float32, "eval")
-        self.weights = _tensors(self.twin)
         self.inputs, self.targets, self.loss = inputs.detach().to(device, torch.float32), targets.to(device), loss
+        self.chain = split(self.twin, None, torch.float32, "eval", self.inputs)
+        self.weights = _tensors(self.twin)
         self.draws = generator(0, "lock monitor")
         self.random: dict[tuple[int, ...], Tensor] = {}
         self.warm: dict[tuple[int, ...], Tensor] = {}

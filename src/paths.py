@@ -8,14 +8,25 @@ from torch.fx import Graph, Node, Tracer
 
 from src.errors import UserError
 
+# of torch.nn itself, but with skips inside: no leaves
+BLOCKS = nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 MULTIPLIES = {
     "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot",
+    "convolution",
 }  # fmt: skip
 CUTS_GRADIENT = {
     "detach", "data", "shape", "size", "dim", "ndim", "numel", "dtype", "device", "argmax", "argmin", "zeros_like", "ones_like",
     "rand_like", "randn_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
 }  # fmt: skip
+
+
+class BlockTracer(Tracer):
+    """Traces into whatever holds skips."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one node."""
+        return not isinstance(m, BLOCKS) and super().is_leaf_module(m, module_qualified_name)
 
 
 def path_lengths(module: nn.Module) -> tuple[int, int]:
@@ -29,7 +40,7 @@ def path_lengths(module: nn.Module) -> tuple[int, int]:
     """
     root = nn.Sequential(module)  # so that a leaf stays one node
     try:
-        graph = Tracer().trace(root)
+        graph = BlockTracer().trace(root)
     except Exception as error:  # tracing runs the module's own code: anything may be raised
         for part in module if isinstance(module, nn.Sequential) else ():
             path_lengths(part)  # the part at fault names itself
@@ -37,7 +48,7 @@ def path_lengths(module: nn.Module) -> tuple[int, int]:
         raise UserError(
             f"{_name(module)}: torch.fx cannot trace it ({cause}); take data-dependent control flow out of its forward"
         ) from error
-    lengths = _lengths(graph, root)
+    lengths = node_lengths(graph, root)
     output = next(node for node in graph.nodes if node.op == "output")
     if output not in lengths:
         raise UserError(f"{_name(module)}: no gradient reaches its input, for its output does not depend on it; check its forward")
@@ -58,7 +69,7 @@ def _above_first(stages: Iterable[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*islice(stages, 1, None))
 
 
-def _lengths(graph: Graph, root: nn.Module) -> dict[Node, tuple[int, int]]:
+def node_lengths(graph: Graph, root: nn.Module) -> dict[Node, tuple[int, int]]:
     """Fewest and most weight layers between the input and every node that gradient leads back from to the input."""
     modules, parameters = dict(root.named_modules(remove_duplicate=False)), dict(root.named_parameters(remove_duplicate=False))
     lengths: dict[Node, tuple[int, int]] = {}
@@ -70,21 +81,22 @@ def _lengths(graph: Graph, root: nn.Module) -> dict[Node, tuple[int, int]]:
         elif node.op == "get_attr":
             if node.target in parameters and parameters[node.target].ndim >= 2:
                 weights.add(node)
-        elif paths and _operation(node) not in CUTS_GRADIENT:
+        elif paths and operation(node) not in CUTS_GRADIENT:
             if node.op == "call_module":
                 passed = any(parameter.ndim >= 2 for parameter in modules[str(node.target)].parameters())
             else:
-                passed = _operation(node) in MULTIPLIES and any(source in weights for source in node.all_input_nodes)
+                passed = operation(node) in MULTIPLIES and any(source in weights for source in node.all_input_nodes)
             lengths[node] = (min(low for low, _ in paths) + passed, max(high for _, high in paths) + passed)
         elif any(source in weights for source in node.all_input_nodes):
             weights.add(node)
     return lengths
 
 
-def _operation(node: Node) -> str:
-    """Name what a node calls: the same for `x.detach()` and `torch.detach(x)`; for an attribute, its name."""
+def operation(node: Node) -> str:
+    """Name what a node calls: the same for `x.detach()`, `torch.detach(x)` and aten.detach.default; for an attribute, its name."""
     if node.op == "call_function":
-        return node.args[1] if node.target is getattr else node.target.__name__  # type: ignore[return-value, union-attr]
+        name = node.args[1] if node.target is getattr else node.target.__name__  # type: ignore[union-attr]
+        return str(name).partition(".")[0]
     return str(node.target)
 
 

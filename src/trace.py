@@ -4,38 +4,142 @@ import operator
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from torch import nn
-from torch.fx import Graph, GraphModule, Node, Tracer
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.random import fork_rng
 
 from src.errors import UserError
-from src.paths import path_lengths
+from src.paths import BlockTracer, node_lengths, operation
+
+ADVICE = "wrap its stages in an nn.Sequential, in order, or name submodules as its stages"
+SUMS = {"add", "iadd", "add_", "__add__", "__radd__"}
+# machine precisions by which two ways to compute the same may differ, relative to the largest output
+ROUNDING = 1e4
 
 
-def traced_stages(model: nn.Module) -> dict[str, nn.Module]:
+class Untraceable(UserError):
+    """A model whose graph is not to be had."""
+
+
+def traced_stages(model: nn.Module, inputs: Tensor | None = None) -> dict[str, nn.Module]:
     """Cut a model into stages of one weight layer, or of one block where skips cross: f_1 … f_L by name.
 
     A stage begins at a tensor that every path passes and ends before the next such tensor that a weight layer reads; what has no
     weights goes with the weight layer before it. Stages are keyed by call site: a module called twice is two stages.
 
     Args:
-        model: has one tensor as input and one as output; the stages share its modules.
+        model: has one tensor as input and one as output; the stages share its parameters.
+        inputs: a batch to run; with it torch.export takes over where torch.fx cannot trace the model, or where its graph misses
+            something that is written in place.
 
-    Raises: UserError where torch.fx cannot trace it, or it has more than one input.
+    Raises: Untraceable where the model is; UserError where it has more than one input.
     """
-    root = _traced(model)
+    try:
+        stages = _cut(_traced(model))
+        if inputs is None or composes(stages.values(), model, inputs):
+            return stages
+        refusal: UserError = Untraceable(f"{type(model).__name__}: torch.fx cannot trace it (a tensor is written over in place); {ADVICE}")
+    except UserError as error:
+        if inputs is None:
+            raise
+        refusal = error
+    try:
+        stages = _cut(exported(model, inputs))
+        if not composes(stages.values(), model, inputs):
+            raise UserError("its graph computes something else")
+    except Exception as error:  # tracing runs the model's own code: anything may be raised
+        if not isinstance(refusal, Untraceable):
+            raise refusal from error
+        tried, _, advice = str(refusal).rpartition("; ")
+        raise Untraceable(f"{tried}, nor torch.export ({_first_line(error)}); {advice}") from error
+    return stages
+
+
+def is_traceable(stage: nn.Module) -> bool:
+    """Whether torch.fx can trace a stage."""
+    try:
+        _traced(nn.Sequential(stage))
+    except Untraceable:
+        return False
+    return True
+
+
+def traceable(stage: nn.Module, inputs: Tensor) -> nn.Module:
+    """The stage itself where torch.fx can trace it, or torch.export cannot either; else its exported graph.
+
+    Args:
+        stage: f.
+        inputs: a batch of its inputs.
+    """
+    if is_traceable(stage):
+        return stage
+    try:
+        root = exported(stage, inputs)
+    except Exception:  # exporting runs the stage's own code: anything may be raised
+        return stage
+    return root if composes([root], stage, inputs) else stage
+
+
+def composes(stages: Iterable[nn.Module], model: nn.Module, inputs: Tensor) -> bool:
+    """Whether the stages, one behind the other, keep the samples first and compute what the model does, up to rounding.
+
+    Both draw the same random numbers.
+    """
+    with torch.no_grad():
+        with fork_rng([inputs.device] if inputs.is_cuda else []):
+            expected = model(inputs.clone())
+        with fork_rng([inputs.device] if inputs.is_cuda else []):
+            found = inputs.clone()
+            for stage in stages:
+                found = stage(found)
+                if not isinstance(found, Tensor) or found.shape[:1] != inputs.shape[:1]:
+                    return False
+    if found.shape != expected.shape:
+        return False
+    error = (found - expected).abs().max() / expected.abs().max()
+    return not error > ROUNDING * torch.finfo(expected.dtype).eps  # whatever is NaN is refused later, by stage and sample
+
+
+def branch(stage: nn.Module) -> nn.Module | None:
+    """What a block adds to its skip: B of φ(S(x) + B(x)), where every path of B passes more weight layers than S.
+
+    Args:
+        stage: f, of one block.
+
+    Returns: x ↦ B(x), sharing the stage's modules; None where the stage is no such block.
+    """
+    try:
+        root = _traced(nn.Sequential(stage))
+    except Untraceable:
+        return None
+    lengths = node_lengths(root.graph, root)
+    weighted = [end for entry, end in pairwise(separating(root.graph)) if _weigh(lengths, entry, end)]
+    if len(weighted) != 1 or operation(weighted[0]) not in SUMS or weighted[0].kwargs:
+        return None
+    addends = sorted((node for node in weighted[0].all_input_nodes if node in lengths), key=lengths.__getitem__)
+    if len(addends) != 2 or lengths[addends[0]][1] >= lengths[addends[1]][0]:
+        return None
+    entry = next(node for node in root.graph.nodes if node.op == "placeholder")
+    return _between(root, entry, addends[1])
+
+
+def _cut(root: GraphModule) -> dict[str, nn.Module]:
     tensors = separating(root.graph)
+    lengths = node_lengths(root.graph, root)
     stages: list[tuple[str, list[nn.Module]]] = []
     weighted = False
     for entry, end in pairwise(tensors):
         piece = _between(root, entry, end)
-        has_weights = path_lengths(piece)[1] > 0
+        has_weights = _weigh(lengths, entry, end)
         if not stages or (has_weights and weighted):
             stages.append((_name(piece, end), []))
         elif has_weights:
             stages[-1] = _name(piece, end), stages[-1][1]
         weighted |= has_weights
         stages[-1][1].append(piece)
-    return dict(_numbered((name, pieces[0] if len(pieces) == 1 else nn.Sequential(*pieces)) for name, pieces in stages))
+    return dict(numbered((name, pieces[0] if len(pieces) == 1 else nn.Sequential(*pieces)) for name, pieces in stages))
 
 
 def separating(graph: Graph) -> list[Node]:
@@ -48,7 +152,7 @@ def separating(graph: Graph) -> list[Node]:
     place = {node: index for index, node in enumerate(nodes)}
     found, reach = [], 0
     for index, node in enumerate(nodes):
-        if index >= reach and not _holds_several(node):
+        if index >= reach and not _holds_several(node) and _samples_first(node, nodes[0]):
             found.append(node)
         reach = max([reach, *(place[user] for user in node.users if user in place)])
     return found
@@ -56,23 +160,75 @@ def separating(graph: Graph) -> list[Node]:
 
 def _traced(model: nn.Module) -> GraphModule:
     try:
-        graph = Tracer().trace(model)
+        graph = BlockTracer().trace(model)
     except Exception as error:  # tracing runs the model's own code: anything may be raised
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        advice = "wrap its stages in an nn.Sequential, in order"
-        raise UserError(f"{type(model).__name__}: torch.fx cannot trace it ({cause}); {advice}") from error
+        raise Untraceable(f"{type(model).__name__}: torch.fx cannot trace it ({_first_line(error)}); {ADVICE}") from error
     return GraphModule(model, graph)
 
 
+def exported(model: nn.Module, inputs: Tensor) -> GraphModule:
+    """The graph that torch.export makes of a model for batches of any size, with nothing written in place.
+
+    Args:
+        model: of one input; the graph has its parameters.
+        inputs: a batch.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one call for a whole encoder layer, without a derivative
+    try:
+        batch = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])  # a batch of one would stay one
+        program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        root = program.run_decompositions({}).module(check_guards=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    for node in root.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # of what lies otherwise in memory under torch.func
+            node.target = torch.ops.aten.reshape.default
+        elif node.target is torch.ops.aten.sym_size.int:
+            node.op, node.target = "call_method", "size"
+        elif node.op == "output":
+            node.args = (node.args[0][0],)
+    return GraphModule(root, root.graph)
+
+
+def _weigh(lengths: dict[Node, tuple[int, int]], entry: Node, end: Node) -> bool:
+    """Whether a weight layer stands between two separating tensors; beyond a detached one there is none."""
+    return end in lengths and lengths[end][1] > lengths[entry][1]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _between_ends(graph: Graph) -> list[Node]:
-    """The nodes that depend on the input and that the output depends on, in order."""
+    """The nodes that depend on the input, by more than its number of samples, and that the output depends on, in order."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise UserError(f"the model takes {len(inputs)} inputs; certify a model of one")
-    after = _closure(inputs, lambda node: node.users)
+    after = _closure(inputs, lambda node: [user for user in node.users if not _counts(user)])
     output = next(node for node in graph.nodes if node.op == "output")
-    before = _closure(output.all_input_nodes, lambda node: node.all_input_nodes)
+    before = _closure(output.all_input_nodes, lambda node: [] if _counts(node) else node.all_input_nodes)
     return [node for node in graph.nodes if node in after and node in before]
+
+
+def _counts(node: Node) -> bool:
+    """Whether a node is the number of samples, read off the graph's input; every state tells it."""
+    source = node.args[0] if node.args else None
+    if node.op == "call_method" and node.target == "size":
+        return isinstance(source, Node) and source.op == "placeholder" and node.args[1:] == (0,)
+    if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(source, Node):
+        return False
+    return operation(source) in ("shape", "size") and len(source.args) == 1 + (source.target is getattr) and _reads_input(source)
+
+
+def _reads_input(node: Node) -> bool:
+    return node.all_input_nodes[0].op == "placeholder"
+
+
+def _samples_first(node: Node, entry: Node) -> bool:
+    """Whether the first axis of a tensor is that of the samples, where an exported graph tells."""
+    value, batch = node.meta.get("val"), entry.meta.get("val")
+    return batch is None or (isinstance(value, Tensor) and str(value.shape[:1]) == str(batch.shape[:1]))
 
 
 def _closure(start: Iterable[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
@@ -98,6 +254,9 @@ def _between(root: GraphModule, entry: Node, end: Node) -> GraphModule:
     copies = {entry: graph.placeholder("x")}
 
     def copy(node: Node) -> Node:
+        if _counts(node):
+            copies[node] = graph.call_method("size", (copies[entry], 0))
+            return copies[node]
         for source in node.all_input_nodes:
             if source not in copies:
                 copy(source)
@@ -110,7 +269,7 @@ def _between(root: GraphModule, entry: Node, end: Node) -> GraphModule:
 
 def _name(piece: GraphModule, end: Node) -> str:
     """The module that all its calls belong to, or where there is none its last node."""
-    targets = [str(node.target).split(".") for node in piece.graph.nodes if node.op == "call_module"]
+    targets = [path.split(".") for node in piece.graph.nodes if (path := _called(node)) is not None]
     shared = []
     for parts in zip(*targets, strict=False):
         if len(set(parts)) > 1:
@@ -119,7 +278,17 @@ def _name(piece: GraphModule, end: Node) -> str:
     return ".".join(shared) or end.name
 
 
-def _numbered(stages: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Module]]:
+def _called(node: Node) -> str | None:
+    """The module that a node calls, or in an exported graph the one that multiplied by these parameters."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    if stack and isinstance(node.target, OpOverload) and any(source.op == "get_attr" for source in node.all_input_nodes):
+        return str([*stack.values()][-1][0]).partition("@")[0]  # of a second call too
+    return None
+
+
+def numbered(stages: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Module]]:
     """The second stage of a name becomes name@2."""
     seen: dict[str, int] = {}
     for name, stage in stages:

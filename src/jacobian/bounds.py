@@ -83,6 +83,7 @@ class _Bounding(Interpreter):
 
     def __init__(self, graph: GraphModule, inputs: Tensor):
         super().__init__(graph)
+        self.count = len(inputs)
         size = torch.full((len(inputs),), inputs[0].numel(), device=inputs.device)
         self.start = Bounds(inputs.new_ones(len(inputs)), size)
         self.of: dict[str, Bounds] = {}  # by the node's name: the graph is copied
@@ -97,7 +98,8 @@ class _Bounding(Interpreter):
         elif n.op == "output":
             self.of[n.name] = self.of[sources[0].name]
         elif sources and isinstance(result, Tensor) and result.is_floating_point():
-            self.of[n.name] = self._rule(n, [self.of[source.name] for source in sources], states, result).at_most(result[0].numel())
+            known = self._rule(n, [self.of[source.name] for source in sources], states, result)
+            self.of[n.name] = known.at_most(result.numel() // self.count)  # the samples need not come first
         return result
 
     def _rule(self, n: Node, known: list[Bounds], states: list[Tensor], result: Tensor) -> Bounds:

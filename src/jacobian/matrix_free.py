@@ -115,6 +115,17 @@ def extremes(
     )
 
 
+def norm(stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """σ₁ of the layer Jacobian of every sample, from below.
+
+    Args:
+        stage: f, acting on each sample alone.
+        inputs: N inputs.
+        start: random directions to start from.
+    """
+    return _largest(stage, inputs, start, None, FIRST_LOOK).value
+
+
 def _largest(
     stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"], rough: tuple[nn.Module, Tensor] | None, least: int
 ) -> Largest:

@@ -6,22 +6,23 @@ Backpropagation in training uses autograd's formulas; the Jacobian that the math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 
-def tanh(z: Tensor) -> Tensor:
+def tanh(z: Any) -> Any:  # torch.fx traces the stages with proxies
     """Tanh z = 1 − 2σ(−2z) for z ≥ 0 and 2σ(2z) − 1 below: the derivative 4σ(−2|z|)(1 − σ(−2|z|)) has no cancellation."""
     return torch.where(z < 0, 2 * torch.sigmoid(2 * z) - 1, 1 - 2 * torch.sigmoid(-2 * z))
 
 
-def sigmoid(z: Tensor) -> Tensor:
+def sigmoid(z: Any) -> Any:
     """σ(z), and 1 − σ(−z) for z ≥ 0: the derivative σ(−|z|)(1 − σ(−|z|)) has no cancellation."""
     return torch.where(z < 0, torch.sigmoid(z), 1 - torch.sigmoid(-z))
 
 
 MODULES = {nn.Tanh: tanh, nn.Sigmoid: sigmoid}
 FUNCTIONS: dict[Any, Any] = {torch.tanh: tanh, "tanh": tanh, torch.sigmoid: sigmoid, "sigmoid": sigmoid}
+FUNCTIONS |= {torch.ops.aten.tanh.default: tanh, torch.ops.aten.sigmoid.default: sigmoid}
 
 
 def steady(model: nn.Module) -> None:
