@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from src.errors import UserError
 from src.trace import composes, numbered, traceable
@@ -104,7 +104,9 @@ def _record(name: str, module: nn.Module, count: int, calls: list[_Call]) -> tup
                 "wrap it in a module that makes one tensor of one"
             )
         if len(output) != count:
-            raise UserError(f"stage '{name}' returns {len(output)} rows for {count} inputs; wrap it in a module that keeps the samples first")
+            raise UserError(
+                f"stage '{name}' returns {len(output)} rows for {count} inputs; wrap it in a module that keeps the samples first"
+            )
         calls.append(_Call(name, stage, output.detach().clone()))
 
     return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)

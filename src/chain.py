@@ -15,7 +15,7 @@ from src import trace
 from src.by_hand import named_stages
 from src.errors import UserError
 from src.jacobian.steady import steady
-from src.trace import Untraceable, is_traceable, traceable, traced_stages
+from src.trace import UntraceableError, is_traceable, traceable, traced_stages
 
 BatchNormMode = Literal["eval", "train"]
 Value = Tensor | Proxy  # torch.fx traces the stages with proxies
@@ -115,7 +115,7 @@ def split(
     batch = None if inputs is None else inputs.detach().to(dtype)
     try:
         chain = _group(_stages(twin, batch), stages)
-    except Untraceable:
+    except UntraceableError:
         if not stages or batch is None:
             raise
         chain = _group(named_stages(twin, stages, batch), None)

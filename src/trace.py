@@ -1,13 +1,17 @@
 """Any traceable model as named stages: its graph is cut where one tensor separates what is before from what is after."""
 
+import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import CodeGen
 from torch.random import fork_rng
 
 from src.errors import UserError
@@ -19,7 +23,7 @@ SUMS = {"add", "iadd", "add_", "__add__", "__radd__"}
 ROUNDING = 1e4
 
 
-class Untraceable(UserError):
+class UntraceableError(UserError):
     """A model whose graph is not to be had."""
 
 
@@ -34,13 +38,15 @@ def traced_stages(model: nn.Module, inputs: Tensor | None = None) -> dict[str, n
         inputs: a batch to run; with it torch.export takes over where torch.fx cannot trace the model, or where its graph misses
             something that is written in place.
 
-    Raises: Untraceable where the model is; UserError where it has more than one input.
+    Raises: UntraceableError where the model is; UserError where it has more than one input.
     """
     try:
         stages = _cut(_traced(model))
         if inputs is None or composes(stages.values(), model, inputs):
             return stages
-        refusal: UserError = Untraceable(f"{type(model).__name__}: torch.fx cannot trace it (a tensor is written over in place); {ADVICE}")
+        refusal: UserError = UntraceableError(
+            f"{type(model).__name__}: torch.fx cannot trace it (a tensor is written over in place); {ADVICE}"
+        )
     except UserError as error:
         if inputs is None:
             raise
@@ -50,10 +56,10 @@ def traced_stages(model: nn.Module, inputs: Tensor | None = None) -> dict[str, n
         if not composes(stages.values(), model, inputs):
             raise UserError("its graph computes something else")
     except Exception as error:  # tracing runs the model's own code: anything may be raised
-        if not isinstance(refusal, Untraceable):
+        if not isinstance(refusal, UntraceableError):
             raise refusal from error
         tried, _, advice = str(refusal).rpartition("; ")
-        raise Untraceable(f"{tried}, nor torch.export ({_first_line(error)}); {advice}") from error
+        raise UntraceableError(f"{tried}, nor torch.export ({_first_line(error)}); {advice}") from error
     return stages
 
 
@@ -61,7 +67,7 @@ def is_traceable(stage: nn.Module) -> bool:
     """Whether torch.fx can trace a stage."""
     try:
         _traced(nn.Sequential(stage))
-    except Untraceable:
+    except UntraceableError:
         return False
     return True
 
@@ -112,7 +118,7 @@ def branch(stage: nn.Module) -> nn.Module | None:
     """
     try:
         root = _traced(nn.Sequential(stage))
-    except Untraceable:
+    except UntraceableError:
         return None
     lengths = node_lengths(root.graph, root)
     weighted = [end for entry, end in pairwise(separating(root.graph)) if _weigh(lengths, entry, end)]
@@ -162,7 +168,7 @@ def _traced(model: nn.Module) -> GraphModule:
     try:
         graph = BlockTracer().trace(model)
     except Exception as error:  # tracing runs the model's own code: anything may be raised
-        raise Untraceable(f"{type(model).__name__}: torch.fx cannot trace it ({_first_line(error)}); {ADVICE}") from error
+        raise UntraceableError(f"{type(model).__name__}: torch.fx cannot trace it ({_first_line(error)}); {ADVICE}") from error
     return GraphModule(model, graph)
 
 
@@ -173,14 +179,11 @@ def exported(model: nn.Module, inputs: Tensor) -> GraphModule:
         model: of one input; the graph has its parameters.
         inputs: a batch.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one call for a whole encoder layer, without a derivative
-    try:
-        batch = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])  # a batch of one would stay one
+    batch = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])  # a batch of one would stay one
+    with _quietly():
         program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         root = program.run_decompositions({}).module(check_guards=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    root.graph.set_codegen(CodeGen())  # of a function of tensors
     for node in root.graph.nodes:
         if node.target is torch.ops.aten.view.default:  # of what lies otherwise in memory under torch.func
             node.target = torch.ops.aten.reshape.default
@@ -189,6 +192,20 @@ def exported(model: nn.Module, inputs: Tensor) -> GraphModule:
         elif node.op == "output":
             node.args = (node.args[0][0],)
     return GraphModule(root, root.graph)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch.export prints where it fails, and without the call for a whole encoder layer, which has no derivative."""
+    fast, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    torch.backends.mha.set_fastpath_enabled(False)
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        logging.disable(disabled)
 
 
 def _weigh(lengths: dict[Node, tuple[int, int]], entry: Node, end: Node) -> bool:

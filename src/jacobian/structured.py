@@ -93,7 +93,7 @@ def at_layer(stage: nn.Module, layer: str, inputs: Float[Tensor, "n ..."]) -> De
     def shifted(shift: Tensor) -> Tensor:
         def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             calls.append(arguments[0])
-            return output + shift
+            return output + shift if output.shape == shift.shape else output
 
         hook = linear.register_forward_hook(add)
         try:
