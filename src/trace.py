@@ -21,6 +21,7 @@ ADVICE = "wrap its stages in an nn.Sequential, in order, or name submodules as i
 SUMS = {"add", "iadd", "add_", "__add__", "__radd__"}
 # machine precisions by which two ways to compute the same may differ, relative to the largest output
 ROUNDING = 1e4
+END = 2**63 - 1  # of a slice without one
 
 
 class UntraceableError(UserError):
@@ -182,13 +183,17 @@ def exported(model: nn.Module, inputs: Tensor) -> GraphModule:
     batch = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])  # a batch of one would stay one
     with _quietly():
         program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        root = program.run_decompositions({}).module(check_guards=False)
+        if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
+            program = program.run_decompositions({})
+        root = program.module(check_guards=False)
     root.graph.set_codegen(CodeGen())  # of a function of tensors
     for node in root.graph.nodes:
         if node.target is torch.ops.aten.view.default:  # of what lies otherwise in memory under torch.func
             node.target = torch.ops.aten.reshape.default
         elif node.target is torch.ops.aten.sym_size.int:
             node.op, node.target = "call_method", "size"
+        elif node.target is torch.ops.aten.slice_scatter.default:  # the end of which, under torch.func, may be no sentinel
+            node.args = tuple(None if isinstance(value, int) and value == END else value for value in node.args)
         elif node.op == "output":
             node.args = (node.args[0][0],)
     return GraphModule(root, root.graph)

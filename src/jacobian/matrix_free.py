@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import linearize
@@ -123,16 +123,26 @@ def norm(stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, 
         inputs: N inputs.
         start: random directions to start from.
     """
-    return _largest(stage, inputs, start, None, FIRST_LOOK).value
+    values = []
+    for at in _chunks(start):
+        x = inputs[at].requires_grad_()
+        with torch.enable_grad():
+            push, pull = stacked_products([x], [stage(x)])
+        values.append(largest(push, pull, start[at]).value)
+    return torch.cat(values)
+
+
+def _chunks(start: Float[Tensor, "n d"]) -> Sequence[Int[Tensor, " _"]]:
+    """The samples, no more at once than their directions may take memory."""
+    return torch.arange(len(start)).split(max(1, BASIS_BYTES // (start[0].numel() * start.dtype.itemsize)))
 
 
 def _largest(
     stage: nn.Module, inputs: Float[Tensor, "n ..."], start: Float[Tensor, "n d"], rough: tuple[nn.Module, Tensor] | None, least: int
 ) -> Largest:
     """σ₁ of every sample, of no more samples at once than their directions may take memory."""
-    size = max(1, BASIS_BYTES // (start[0].numel() * start.dtype.itemsize))
     parts = []
-    for at in torch.arange(len(inputs)).split(size):
+    for at in _chunks(start):
         products = layer_products(stage, inputs[at])
         if rough is None:
             parts.append(largest(products.push, products.pull, start[at], least=least))
