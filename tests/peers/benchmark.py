@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from src.models import build
 from tests.peers.others import jacobians, norm_by_curvlinops
 
 SAMPLES = 32
+T = TypeVar("T")
 RESNET_20 = {"family": "cifar", "depth": 20, "width": 16, "norm": "batch", "skip": "original", "activation": "relu"}
 
 
@@ -56,7 +58,7 @@ def batch(count: int, *shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, *shape, generator=draws, dtype=torch.float64), torch.randint(10, (count,), generator=draws)
 
 
-def timed[T](action: Callable[[], T]) -> tuple[float, T]:
+def timed(action: Callable[[], T]) -> tuple[float, T]:
     """The seconds an action took, and its result."""
     started = time.perf_counter()
     result = action()
@@ -131,9 +133,8 @@ def depth() -> Iterator[Timing]:
         seconds, _ = timed(lambda layers=layers: certify(mlp(128, layers, nn.Tanh), inputs, labels))
         found.append((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
     (short, before), (long, after) = found
-    yield Timing(
-        f"1,000 layers of 128; peak {after:.2f} GiB", f"250 layers; peak {before:.2f} GiB", long, short, short / long, float("nan")
-    )
+    case, peer = f"1,000 layers of 128; peak {after:.2f} GiB", f"250 layers; peak {before:.2f} GiB"
+    yield Timing(case, peer, long, short, short / long, float("nan"))
 
 
 CASES: dict[str, Callable[[], Iterator[Timing]]] = {
