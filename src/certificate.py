@@ -1,11 +1,11 @@
 """The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import StringIO
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from src import paths
 from src.chain import BatchNormMode, cut, require_finite
+from src.cost import Method, Planned, plan
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
 from src.jacobian.backpropagated import Backpropagated, Call
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
 from src.jacobian.product import Product
-from src.jacobian.structured import Dense, dense
+from src.jacobian.structured import Dense, at_layer, dense
 from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, walk_back
 from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
@@ -31,15 +32,9 @@ from src.spectrum import Extremes, Known, spectrum, weakest
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
-# one layer's Jacobians of all samples; beyond it they are not written out
-MEMORY_BYTES = 2**31
-# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
-DECOMPOSED = 2e11
 # outputs; beyond them the product of all Jacobians is not followed
 END_TO_END = 128
-# N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
-FACTORISED = 1e8
-Method = Literal["auto", "exact", "matrix_free"]
+Watch = Callable[[list[Planned], int], object]
 
 
 @dataclass(frozen=True)
@@ -212,6 +207,7 @@ def certify(
     method: Method = "auto",
     dtype: torch.dtype = torch.float64,
     batch_norm: BatchNormMode = "eval",
+    watch: Watch | None = None,
 ) -> Certificate:
     """Certify how a chain of stages passes its gradient backwards.
 
@@ -226,9 +222,11 @@ def certify(
         loss: ℓ(H_L, y); it is applied to one sample at a time (to the whole batch under batch_norm="train").
         stages: names of the children to cut after; None cuts after every child.
         method: "exact" writes each J_l out; "matrix_free" encloses σ₁ and the rank by products with vectors; "auto" takes for each stage
-            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds.
+            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds, and for large dense layers one
+            factorisation for all samples.
         dtype: the arithmetic of the measurement.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
+        watch: called with the plan, a method and a cost a stage, and how many stages are done: before the first and after each.
 
     Returns: the certificate.
     Raises: UserError when the model is no chain, a stage fails its test, a value is not finite (naming stage and sample), or a J_l is too
@@ -245,13 +243,18 @@ def certify(
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     product: Product | None = None
     buffers = state_of(chain)
-    for link in walk_back(chain, inputs.detach().to(dtype).contiguous(), targets, loss):
+    inputs = inputs.detach().to(dtype).contiguous()
+    planned = plan(chain, chain.states(inputs.unsqueeze(0) if chain.on_batch else inputs), method)
+    watch = watch or (lambda planned, done: None)
+    watch(planned, 0)
+    for link in walk_back(chain, inputs, targets, loss):
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
         start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
         check_stage(link, probe, start)
-        structure = dense(link.stage, link.inputs)
+        step = planned[link.index - 1]
+        structure = at_layer(link.stage, step.layer, link.inputs) if step.layer is not None else None
         rough = trained[link.index - 1]
-        found, jacobians = _extremes(link, structure, method, start.flatten(1), rough)
+        found, jacobians = _extremes(link, structure, step.method, start.flatten(1), rough)
         backpropagated = Backpropagated.of(found, jacobians, rough, structure)
         if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
             product = Product.behind(probe)
@@ -261,6 +264,7 @@ def certify(
         layers.append(_layer_rows(link, found, backpropagated, norms))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
         known.append(found)
+        watch(planned, len(known))
 
     check_state(chain, buffers)
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
@@ -289,15 +293,15 @@ def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequen
 
 
 def _extremes(
-    link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"], rough: Call
+    link: Link, structure: Dense | None, method: str, start: Float[Tensor, "n d"], rough: Call
 ) -> tuple[Extremes, Float[Tensor, "n m d"] | None]:
-    """What is known of the Jacobians of a stage, by the cheapest method that is allowed, and they themselves if they were written out."""
-    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
-    if method == "auto" and structure is not None and m <= d and n * m * d * m > FACTORISED:
+    """What is known of the Jacobians of a stage by its method, and they themselves if they were written out."""
+    m, d = link.signal.direction[0].numel(), link.inputs[0].numel()
+    if method == "factorised" and structure is not None:
         found = structured.extremes(structure, start[:, :m])
         if found is not None:
             return found, None
-    if writes_out(link, method):
+    if method != "matrix_free":
         J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
         require_finite(J, f"the Jacobian of stage '{link.name}'")
         lines = [(J != 0).any(axis).sum(1) for axis in (1, 2)]
@@ -344,22 +348,6 @@ def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gra
 
 def _sides(name: str, known: Known) -> dict[str, Tensor | str]:
     return {name: known.value, f"{name}_lo": known.lo, f"{name}_hi": known.hi, f"{name}_known": known.how}
-
-
-def writes_out(link: Link, method: Method) -> bool:
-    """Whether the Jacobians of a stage are written out.
-
-    Raises: UserError when that is asked for and they don't fit.
-    """
-    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
-    size = n * m * d * link.inputs.dtype.itemsize
-    if method == "exact" and size > MEMORY_BYTES:
-        raise UserError(
-            f"certificate: stage '{link.name}' has {n} Jacobians of {m}×{d}, {size / 2**30:.1f} GiB; "
-            "give fewer samples or smaller inputs, or method='auto'"
-        )
-    fits = size <= MEMORY_BYTES and n * m * d * min(m, d) <= DECOMPOSED
-    return method == "exact" or (method == "auto" and fits)
 
 
 def _greatest(conditions: pd.Series) -> float:

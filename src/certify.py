@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     import src.certificate
+    import src.cost
     import src.data.load
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data"
@@ -119,7 +120,14 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     try:
         _require_classifier(options.model, model, images, data.classes)
         certificate = certify(
-            model, images, labels, stages=options.stages, method=options.method, dtype=dtype, batch_norm=options.batch_norm
+            model,
+            images,
+            labels,
+            stages=options.stages,
+            method=options.method,
+            dtype=dtype,
+            batch_norm=options.batch_norm,
+            watch=Watched(device, dtype),
         )
     except torch.OutOfMemoryError as error:
         raise UserError(f"{device}: out of memory; give fewer --samples, a smaller --size, or --dtype float32") from error
@@ -128,6 +136,31 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     if options.figure:
         _write(options.figure, _draw(certificate, options.figure.suffix[1:].lower()))
     return certificate
+
+
+class Watched:
+    """Prints the plan, then a bar on standard error while it is carried out, where that is a terminal."""
+
+    def __init__(self, device: "torch.device", dtype: "torch.dtype"):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.device, self.dtype = device, dtype
+        self.bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def __call__(self, planned: "list[src.cost.Planned]", done: int) -> None:
+        """Show how far the plan is; the last stage is measured first."""
+        from src.cost import described
+
+        if done == 0:
+            print(described(planned, self.device, self.dtype), flush=True)
+            self.task = self.bar.add_task("certifying", total=sum(entry.gflop for entry in planned))
+            self.bar.start()
+        else:
+            entry = planned[-done]
+            self.bar.update(self.task, advance=entry.gflop, description=entry.stage)
+        if done == len(planned):
+            self.bar.stop()
 
 
 def _own_dtype(model: "torch.nn.Module") -> "torch.dtype":

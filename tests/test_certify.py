@@ -123,7 +123,10 @@ def test_the_certificate_is_that_of_the_library(answer: Callable[..., dict[str, 
     assert content["log_attenuation"] == expected.log_attenuation.tolist()
     assert content["provenance"]["test_images"] == chosen.tolist()
     printed = cli("mine:make", "--data", "digits", "--samples", "3").out
-    assert printed == f"mine:make, its own weights; 3 test images of digits\n{expected}\n"
+    first, plan, rest = printed.split("\n", 2)
+    assert first == "mine:make, its own weights; 3 test images of digits"
+    assert plan.startswith("plan: 3 stages (3 exact), ")
+    assert rest == f"{expected}\n"
 
 
 @pytest.mark.parametrize("model", ["model", "Net"])
