@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import StringIO
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from src.jacobian.backpropagated import Backpropagated, Call
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
 from src.jacobian.product import Product
 from src.jacobian.structured import Dense, at_layer, dense
-from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, walk_back
+from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, unit_shares, walk_back
 from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
 from src.spectrum import Extremes, Known, spectrum, weakest
@@ -34,6 +34,9 @@ from src.spectrum import Extremes, Known, spectrum, weakest
 ROUNDING = 1e-9
 # outputs; beyond them the product of all Jacobians is not followed
 END_TO_END = 128
+if TYPE_CHECKING:
+    import src.diagnosis
+
 Watch = Callable[[list[Planned], int], object]
 
 
@@ -52,11 +55,13 @@ class Certificate:
             above τ alone; tau; stable_rank; rank_structural, which no rank exceeds; rank_backprop and backprop_error (‖J' − J‖_F/‖J‖_F), of
             the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method ("exact", "factorised",
             "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats).
-        severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
+        severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked, dead, kink.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
         first: the first stage with its inputs.
         product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
+        again: certifies another model in the same way.
+        model: the model.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -70,6 +75,8 @@ class Certificate:
     tolerance: float
     first: Call
     product: Product | None
+    again: "partial[Certificate]" = field(repr=False)
+    model: nn.Module = field(repr=False)
 
     @cached_property
     def first_parameter_norm(self) -> Float[Tensor, " n"]:
@@ -91,6 +98,16 @@ class Certificate:
         # nothing is bounded by nothing with no slack
         slack = (frame["log_bound"] - frame["log_norm"]).mask(frame["log_norm"] == frame["log_bound"], 0.0)
         return frame.assign(slack=slack).rename_axis("sample").reset_index()
+
+    def diagnosis(self) -> "src.diagnosis.Diagnosis":
+        """Why its locked stages are locked, and which remedy would unlock how many: see `src.diagnosis`."""
+        return self._diagnosis
+
+    @cached_property
+    def _diagnosis(self) -> "src.diagnosis.Diagnosis":
+        from src.diagnosis import diagnose
+
+        return diagnose(self)
 
     def bound(self) -> pd.DataFrame:
         """The gradient product bound, as stated and precise, in logs, a row a sample.
@@ -263,6 +280,7 @@ def certify(
         norms, gradients, free = _gradients(link, structure, probe)
         layers.append(_layer_rows(link, found, backpropagated, norms))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
+        severities[-1] |= unit_shares(link.stage, link.inputs)
         known.append(found)
         watch(planned, len(known))
 
@@ -281,6 +299,8 @@ def certify(
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
         first=(link.stage, link.inputs),
         product=product,
+        again=partial(certify, inputs=inputs, targets=targets, loss=loss, method=method, dtype=dtype, batch_norm=batch_norm),
+        model=model,
     )
 
 
