@@ -173,10 +173,10 @@ class _Normalised(nn.Module):
 
     def __init__(self, stage: nn.Module, shape: torch.Size):
         super().__init__()
-        self.stage, self.shape = stage, tuple(shape)
+        self.stage, self.normalise = stage, nn.LayerNorm(shape, elementwise_affine=False)
 
     def forward(self, x: Value) -> Value:
-        return self.stage(torch.layer_norm(x, self.shape))
+        return self.stage(self.normalise(x))
 
 
 def _with_skips(certificate: Certificate) -> Certificate:

@@ -148,6 +148,14 @@ def test_the_options_reach_the_measurement(answer: Callable[..., dict[str, Any]]
     assert other["layers"] != plain["layers"]
 
 
+def test_a_diagnosis_is_printed_and_written_where_it_is_asked_for(answer: Callable[..., dict[str, Any]], cli: CommandLine) -> None:
+    assert "what_ifs" not in answer("make")
+    found = answer("make", "--diagnose")
+    assert found["what_ifs"][0]["remedy"] == "as it is"
+    assert {"stage", "cause", "value", "limit"} <= set(found["causes"][0]) if found["causes"] else True
+    assert "What would help" in cli("mine:make", "--data", "digits", "--samples", "3", "--diagnose").out
+
+
 def test_the_seed_decides_random_weights(answer: Callable[..., dict[str, Any]]) -> None:
     answer("make")  # imports the module, which draws numbers too
     first, again, other = (answer("normalised", *seed) for seed in ((), ("--seed", "0"), ("--seed", "1")))
