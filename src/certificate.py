@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from src import paths
-from src.chain import BatchNormMode, cut, require_finite
+from src.chain import BatchNormMode, Chain, cut, require_finite
 from src.cost import Method, Planned, plan
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
@@ -61,7 +61,7 @@ class Certificate:
         first: the first stage with its inputs.
         product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
         again: certifies another model in the same way.
-        model: the model.
+        recut: cuts a copy of the model into its stages again.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -76,7 +76,7 @@ class Certificate:
     first: Call
     product: Product | None
     again: "partial[Certificate]" = field(repr=False)
-    model: nn.Module = field(repr=False)
+    recut: Callable[[], Chain] = field(repr=False)
 
     @cached_property
     def first_parameter_norm(self) -> Float[Tensor, " n"]:
@@ -300,7 +300,7 @@ def certify(
         first=(link.stage, link.inputs),
         product=product,
         again=partial(certify, inputs=inputs, targets=targets, loss=loss, method=method, dtype=dtype, batch_norm=batch_norm),
-        model=model,
+        recut=partial(cut, model, stages, dtype, batch_norm),
     )
 
 

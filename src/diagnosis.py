@@ -1,6 +1,5 @@
 """Why a stage is locked, with the number that shows it, and what would help: remedies tried on a copy of the net."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from src.certificate import Certificate
-from src.chain import Value, split
+from src.chain import Value
 from src.errors import UserError
 from src.seeds import generator
 
@@ -126,7 +125,7 @@ def what_ifs(certificate: Certificate) -> pd.DataFrame:
             rows.append({"remedy": remedy, "note": f"not tried: {error}"})
             continue
         rows.append(_measured(remedy, changed))
-    frame = pd.DataFrame(rows).sort_values(["locked", "decades"], ascending=[True, False])
+    frame = pd.DataFrame(rows, columns=[*before]).sort_values(["locked", "decades"], ascending=[True, False])
     frame = pd.concat([pd.DataFrame([before]), frame], ignore_index=True)
     return frame.assign(gained=frame["decades"] - before["decades"])[["remedy", "locked", "decades", "gained", "severity", "note"]]
 
@@ -144,12 +143,15 @@ def _measured(remedy: str, certificate: Certificate) -> dict[str, object]:
 
 def _stages(certificate: Certificate) -> list[nn.Module]:
     """The stages of a copy of the model."""
-    return list(split(copy.deepcopy(certificate.model), None, torch.float64, "eval").stages)
+    chain = certificate.recut()
+    if chain.on_batch:
+        raise UserError("under batch_norm='train' the batch is one sample")
+    return list(chain.stages)
 
 
 def _states(certificate: Certificate, stages: Sequence[nn.Module]) -> list[Tensor]:
     """H_0 … H_L."""
-    states = [certificate.again.keywords["inputs"].double()]
+    states = [certificate.again.keywords["inputs"]]
     with torch.no_grad():
         for stage in stages:
             states.append(stage(states[-1]))

@@ -141,3 +141,9 @@ def test_a_remedy_that_does_not_apply_says_why_and_the_model_stays():
     assert notes["twice the width"] == "not tried: width is doubled in chains of dense layers only"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "not tried" in str(found)
+
+
+def test_with_the_statistics_of_the_batch_no_remedy_is_tried():
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    what_ifs = certify(model, normal(6, 16), LABELS, batch_norm="train").diagnosis().what_ifs
+    assert set(what_ifs["note"][1:]) == {"not tried: under batch_norm='train' the batch is one sample"}
