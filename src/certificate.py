@@ -1,11 +1,11 @@
 """The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import StringIO
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,29 +18,27 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src import paths
-from src.chain import BatchNormMode, branch, cut, require_finite
+from src.chain import BatchNormMode, Chain, branch, cut, require_finite
+from src.cost import Method, Planned, plan
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
 from src.jacobian.backpropagated import Backpropagated, Call
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
 from src.jacobian.product import Product
-from src.jacobian.structured import Dense, dense
-from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, walk_back
+from src.jacobian.structured import Dense, at_layer, dense
+from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, unit_shares, walk_back
 from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
 from src.spectrum import Extremes, Known, spectrum, weakest
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
-# one layer's Jacobians of all samples; beyond it they are not written out
-MEMORY_BYTES = 2**31
-# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
-DECOMPOSED = 2e11
 # outputs; beyond them the product of all Jacobians is not followed
 END_TO_END = 128
-# N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
-FACTORISED = 1e8
-Method = Literal["auto", "exact", "matrix_free"]
+if TYPE_CHECKING:
+    import src.diagnosis
+
+Watch = Callable[[list[Planned], int], object]
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,13 @@ class Certificate:
             the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method ("exact", "factorised",
             "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats);
             branch_norm, σ₁ from below of the branch of a residual block, whose sum has the norm; NaN where there is no skip.
-        severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked.
+        severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked, dead, kink.
         singular_values: of every J_l in the order of the stages, a row a sample.
         tolerance: the largest τ = max(m, d)·ε·σ₁ used for a rank; NaN where every rank is enclosed.
         first: the first stage with its inputs.
         product: J_L ⋯ J_1 in factors; None where there are more than 128 outputs.
+        again: certifies another model in the same way.
+        recut: cuts a copy of the model into its stages again.
     """
 
     log_attenuation: Float[Tensor, " n"]
@@ -77,6 +77,8 @@ class Certificate:
     tolerance: float
     first: Call
     product: Product | None
+    again: "partial[Certificate]" = field(repr=False)
+    recut: Callable[[], Chain] = field(repr=False)
 
     @cached_property
     @sdpa_kernel(SDPBackend.MATH)
@@ -99,6 +101,16 @@ class Certificate:
         # nothing is bounded by nothing with no slack
         slack = (frame["log_bound"] - frame["log_norm"]).mask(frame["log_norm"] == frame["log_bound"], 0.0)
         return frame.assign(slack=slack).rename_axis("sample").reset_index()
+
+    def diagnosis(self) -> "src.diagnosis.Diagnosis":
+        """Why its locked stages are locked, and which remedy would unlock how many: see `src.diagnosis`."""
+        return self._diagnosis
+
+    @cached_property
+    def _diagnosis(self) -> "src.diagnosis.Diagnosis":
+        from src.diagnosis import diagnose
+
+        return diagnose(self)
 
     def bound(self) -> pd.DataFrame:
         """The gradient product bound, as stated and precise, in logs, a row a sample.
@@ -216,6 +228,7 @@ def certify(
     method: Method = "auto",
     dtype: torch.dtype = torch.float64,
     batch_norm: BatchNormMode = "eval",
+    watch: Watch | None = None,
 ) -> Certificate:
     """Certify how a chain of stages passes its gradient backwards.
 
@@ -231,9 +244,11 @@ def certify(
         stages: names of the stages to cut after, None cuts after every one; of a model that cannot be traced, the submodules that are
             its stages, in order.
         method: "exact" writes each J_l out; "matrix_free" encloses σ₁ and the rank by products with vectors; "auto" takes for each stage
-            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds.
+            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds, and for large dense layers one
+            factorisation for all samples.
         dtype: the arithmetic of the measurement.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.
+        watch: called with the plan, a method and a cost a stage, and how many stages are done: before the first and after each.
 
     Returns: the certificate.
     Raises: UserError when the model is no chain, a stage fails its test, a value is not finite (naming stage and sample), or a J_l is too
@@ -250,13 +265,18 @@ def certify(
     probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
     product: Product | None = None
     buffers = state_of(chain)
-    for link in walk_back(chain, inputs.detach().to(dtype).contiguous(), targets, loss):
+    inputs = inputs.detach().to(dtype).contiguous()
+    planned = plan(chain, chain.states(inputs.unsqueeze(0) if chain.on_batch else inputs), method)
+    watch = watch or (lambda planned, done: None)
+    watch(planned, 0)
+    for link in walk_back(chain, inputs, targets, loss):
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
         start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
         check_stage(link, probe, start)
-        structure = dense(link.stage, link.inputs)
+        step = planned[link.index - 1]
+        structure = at_layer(link.stage, step.layer, link.inputs) if step.layer is not None else None
         rough = trained[link.index - 1]
-        found, jacobians = _extremes(link, structure, method, start.flatten(1), rough)
+        found, jacobians = _extremes(link, structure, step.method, start.flatten(1), rough)
         backpropagated = Backpropagated.of(found, jacobians, rough, structure)
         if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
             product = Product.behind(probe)
@@ -265,7 +285,9 @@ def certify(
         norms, gradients, free = _gradients(link, structure, probe)
         layers.append(_layer_rows(link, found, backpropagated, norms).assign(branch_norm=_branch_norm(link, start.flatten(1))))
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
+        severities[-1] |= unit_shares(link.stage, link.inputs)
         known.append(found)
+        watch(planned, len(known))
 
     check_state(chain, buffers)
     table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
@@ -282,6 +304,8 @@ def certify(
         tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
         first=(link.stage, link.inputs),
         product=product,
+        again=partial(certify, inputs=inputs, targets=targets, loss=loss, method=method, dtype=dtype, batch_norm=batch_norm),
+        recut=partial(cut, model, stages, dtype, batch_norm, inputs=inputs),
     )
 
 
@@ -294,15 +318,15 @@ def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequen
 
 
 def _extremes(
-    link: Link, structure: Dense | None, method: Method, start: Float[Tensor, "n d"], rough: Call
+    link: Link, structure: Dense | None, method: str, start: Float[Tensor, "n d"], rough: Call
 ) -> tuple[Extremes, Float[Tensor, "n m d"] | None]:
-    """What is known of the Jacobians of a stage, by the cheapest method that is allowed, and they themselves if they were written out."""
-    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
-    if method == "auto" and structure is not None and m <= d and n * m * d * m > FACTORISED:
+    """What is known of the Jacobians of a stage by its method, and they themselves if they were written out."""
+    m, d = link.signal.direction[0].numel(), link.inputs[0].numel()
+    if method == "factorised" and structure is not None:
         found = structured.extremes(structure, start[:, :m])
         if found is not None:
             return found, None
-    if writes_out(link, method):
+    if method != "matrix_free":
         J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
         require_finite(J, f"the Jacobian of stage '{link.name}'")
         lines = [(J != 0).any(axis).sum(1) for axis in (1, 2)]
@@ -356,22 +380,6 @@ def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gra
 
 def _sides(name: str, known: Known) -> dict[str, Tensor | str]:
     return {name: known.value, f"{name}_lo": known.lo, f"{name}_hi": known.hi, f"{name}_known": known.how}
-
-
-def writes_out(link: Link, method: Method) -> bool:
-    """Whether the Jacobians of a stage are written out.
-
-    Raises: UserError when that is asked for and they don't fit.
-    """
-    n, m, d = len(link.inputs), link.signal.direction[0].numel(), link.inputs[0].numel()
-    size = n * m * d * link.inputs.dtype.itemsize
-    if method == "exact" and size > MEMORY_BYTES:
-        raise UserError(
-            f"certificate: stage '{link.name}' has {n} Jacobians of {m}×{d}, {size / 2**30:.1f} GiB; "
-            "give fewer samples or smaller inputs, or method='auto'"
-        )
-    fits = size <= MEMORY_BYTES and n * m * d * min(m, d) <= DECOMPOSED
-    return method == "exact" or (method == "auto" and fits)
 
 
 def _greatest(conditions: pd.Series) -> float:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     import src.certificate
+    import src.cost
     import src.data.load
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data"
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         certificate = certify_as(options)
         print(certificate)
+        if options.diagnose:
+            print(certificate.diagnosis())
         return _fail(certificate) if options.fail_if == "locked" else 0
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -82,6 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--batch-norm", choices=("eval", "train"), default="eval", help="frozen statistics, or the batch's own (default: eval)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="the arithmetic of the measurement (default: float64)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    add("--diagnose", action="store_true", help="say why stages are locked, and try what would help")
     add("--json", type=_output, metavar="FILE", help="write the certificate, its tables and where they come from")
     add("--figure", type=_figure, metavar="FILE", help="draw it, as .png or .pdf")
     add("--fail-if", choices=("locked",), help="exit code 1 when any stage is locked")
@@ -119,15 +123,47 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     try:
         _require_classifier(options.model, model, images, data.classes)
         certificate = certify(
-            model, images, labels, stages=options.stages, method=options.method, dtype=dtype, batch_norm=options.batch_norm
+            model,
+            images,
+            labels,
+            stages=options.stages,
+            method=options.method,
+            dtype=dtype,
+            batch_norm=options.batch_norm,
+            watch=Watched(device, dtype),
         )
     except torch.OutOfMemoryError as error:
         raise UserError(f"{device}: out of memory; give fewer --samples, a smaller --size, or --dtype float32") from error
     if options.json:
-        _write(options.json, to_json(certificate, _provenance(options, data, device, chosen, changes)))
+        _write(options.json, to_json(certificate, _provenance(options, data, device, chosen, changes), options.diagnose))
     if options.figure:
         _write(options.figure, _draw(certificate, options.figure.suffix[1:].lower()))
     return certificate
+
+
+class Watched:
+    """Prints the plan, then a bar on standard error while it is carried out, where that is a terminal."""
+
+    def __init__(self, device: "torch.device", dtype: "torch.dtype"):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.device, self.dtype = device, dtype
+        self.bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def __call__(self, planned: "list[src.cost.Planned]", done: int) -> None:
+        """Show how far the plan is; the last stage is measured first."""
+        from src.cost import described
+
+        if done == 0:
+            print(described(planned, self.device, self.dtype), flush=True)
+            self.task = self.bar.add_task("certifying", total=sum(entry.gflop for entry in planned))
+            self.bar.start()
+        else:
+            entry = planned[-done]
+            self.bar.update(self.task, advance=entry.gflop, description=entry.stage)
+        if done == len(planned):
+            self.bar.stop()
 
 
 def _own_dtype(model: "torch.nn.Module") -> "torch.dtype":
@@ -256,11 +292,14 @@ def _require_classifier(name: str, model: "torch.nn.Module", images: "torch.Tens
         raise UserError(f"{name} gives {given} for {len(images)} images; a classifier gives {len(images)}×{classes}, a score a class")
 
 
-def to_json(certificate: "src.certificate.Certificate", provenance: Mapping[str, Any]) -> str:
+def to_json(certificate: "src.certificate.Certificate", provenance: Mapping[str, Any], diagnosed: bool = False) -> str:
     """K_back, its tables as a record a row, and where they come from, as strict JSON: NaN is null, ±∞ the string ±Infinity."""
     import json
 
     tables = {"layers": certificate.layers.to_dict("records"), "severity": certificate.severity.to_dict("records")}
+    if diagnosed:
+        found = certificate.diagnosis()
+        tables |= {"causes": found.causes.to_dict("records"), "what_ifs": found.what_ifs.to_dict("records")}
     content = {**certificate.to_dict(), **tables, "provenance": provenance}
     return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

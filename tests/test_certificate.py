@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from src import certificate
+from src import cost
 from src.certificate import certify
 from src.errors import UserError
 from src.models import Residual, calibrate
@@ -591,9 +591,9 @@ def refusal_at_stage(name):
 
 def test_a_jacobian_too_large_to_write_out_is_refused_where_it_is_asked_for(monkeypatch):
     model, x = dense(4, 3, 3), normal(3, 4)
-    monkeypatch.setattr(certificate, "MEMORY_BYTES", 3 * 3 * 4 * 8)
+    monkeypatch.setattr(cost, "MEMORY_BYTES", 3 * 3 * 4 * 8)
     certify(model, x, LABELS, method="exact")
-    monkeypatch.setattr(certificate, "MEMORY_BYTES", 3 * 3 * 4 * 8 - 1)
+    monkeypatch.setattr(cost, "MEMORY_BYTES", 3 * 3 * 4 * 8 - 1)
     with refusal("certificate: stage '0' has 3 Jacobians of 3×4, 0.0 GiB; give fewer samples or smaller inputs, or method='auto'"):
         certify(model, x, LABELS, method="exact")
     methods = certify(model, x, LABELS).layers.groupby("stage")["method"].unique()
@@ -602,9 +602,9 @@ def test_a_jacobian_too_large_to_write_out_is_refused_where_it_is_asked_for(monk
 
 def test_a_decomposition_of_minutes_is_left_to_products_with_vectors(monkeypatch):
     model, x = dense(4, 3, 3), normal(3, 4)
-    monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3)
+    monkeypatch.setattr(cost, "DECOMPOSED", 3 * 3 * 4 * 3)
     assert set(certify(model, x, LABELS).layers["method"]) == {"exact"}
-    monkeypatch.setattr(certificate, "DECOMPOSED", 3 * 3 * 4 * 3 - 1)
+    monkeypatch.setattr(cost, "DECOMPOSED", 3 * 3 * 4 * 3 - 1)
     assert set(certify(model, x, LABELS).layers.query("stage == '0'")["method"]) == {"matrix_free"}
 
 
@@ -663,7 +663,7 @@ def test_a_large_dense_chain_is_certified_by_factorisation_as_by_decomposition(m
     """Same σ₁, σ_min, rank and condition; severity and lock condition do not depend on the method."""
     model, x = dense(20, 16, 16, 3, activation=nn.Sigmoid), normal(3, 20)
     exact = certify(model, x, LABELS, method="exact")
-    monkeypatch.setattr(certificate, "FACTORISED", 0)
+    monkeypatch.setattr(cost, "FACTORISED", 0)
     fast = certify(model, x, LABELS)
     assert set(fast.layers["method"]) == {"factorised"}
     for column in ("norm", "sigma_min", "cond", "mean_square", "grad_norm"):
@@ -677,7 +677,7 @@ def test_a_large_dense_chain_is_certified_by_factorisation_as_by_decomposition(m
 
 @pytest.mark.parametrize("method", ["exact", "auto", "matrix_free"])
 def test_every_number_lies_in_its_interval_and_says_how_it_is_known(method, monkeypatch):
-    monkeypatch.setattr(certificate, "FACTORISED", 0)
+    monkeypatch.setattr(cost, "FACTORISED", 0)
     model, x = dense(20, 16, 16, 3, activation=nn.ReLU), normal(3, 20)
     truth = certify(model, x, LABELS, method="exact").layers
     cert = certify(model, x, LABELS, method=method)
@@ -698,7 +698,7 @@ def test_the_condition_on_the_active_subspace_and_the_stable_rank(monkeypatch):
     """A ReLU layer is never of full rank: on the rows that are active it may be well conditioned all the same."""
     model, x = dense(30, 20, 3, activation=nn.ReLU), normal(3, 30)
     for factorised in (1e8, 0):
-        monkeypatch.setattr(certificate, "FACTORISED", factorised)
+        monkeypatch.setattr(cost, "FACTORISED", factorised)
         first = certify(model, x, LABELS).layers.query("index == 1")
         for row, sample in zip(first.itertuples(), x, strict=True):
             W = model[0][0].weight.detach().double()

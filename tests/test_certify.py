@@ -124,7 +124,10 @@ def test_the_certificate_is_that_of_the_library(answer: Callable[..., dict[str, 
     assert content["log_attenuation"] == expected.log_attenuation.tolist()
     assert content["provenance"]["test_images"] == chosen.tolist()
     printed = cli("mine:make", "--data", "digits", "--samples", "3").out
-    assert printed == f"mine:make, its own weights; 3 test images of digits\n{expected}\n"
+    first, plan, rest = printed.split("\n", 2)
+    assert first == "mine:make, its own weights; 3 test images of digits"
+    assert plan.startswith("plan: 3 stages (3 exact), ")
+    assert rest == f"{expected}\n"
 
 
 @pytest.mark.parametrize("model", ["model", "Net"])
@@ -144,6 +147,14 @@ def test_the_options_reach_the_measurement(answer: Callable[..., dict[str, Any]]
     other = answer("make", "--seed", "1")
     assert other["provenance"]["test_images"] != plain["provenance"]["test_images"]
     assert other["layers"] != plain["layers"]
+
+
+def test_a_diagnosis_is_printed_and_written_where_it_is_asked_for(answer: Callable[..., dict[str, Any]], cli: CommandLine) -> None:
+    assert "what_ifs" not in answer("make")
+    found = answer("make", "--diagnose")
+    assert found["what_ifs"][0]["remedy"] == "as it is"
+    assert {"stage", "cause", "value", "limit"} <= set(found["causes"][0]) if found["causes"] else True
+    assert "What would help" in cli("mine:make", "--data", "digits", "--samples", "3", "--diagnose").out
 
 
 def test_the_seed_decides_random_weights(answer: Callable[..., dict[str, Any]]) -> None:

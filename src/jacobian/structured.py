@@ -80,7 +80,7 @@ def dense(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Dense | None:
         stage: f, in eval mode, acting on each sample alone.
         inputs: N inputs.
     """
-    layer = _only_linear(stage)
+    layer = only_linear(stage)
     return at_layer(stage, layer, inputs) if layer is not None else None
 
 
@@ -108,7 +108,7 @@ def at_layer(stage: nn.Module, layer: str, inputs: Float[Tensor, "n ..."]) -> De
     return Dense(linear.weight.detach(), pull_back(torch.ones_like(outputs)), calls[0], linear.bias is not None, layer)
 
 
-def _only_linear(stage: nn.Module) -> str | None:
+def only_linear(stage: nn.Module) -> str | None:
     """The dense layer of a stage that has one call, in front of it only what rearranges, behind it only what acts on each unit alone."""
     root = nn.Sequential(stage)  # so that a leaf stays one node
     try:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import certificate
+from src import cost
 from src.certificate import certify
 from tests.jacobian.networks import normal, seeded
 
@@ -35,7 +35,7 @@ def by_hand(model, x):
 @pytest.mark.parametrize("gain", [1.0, 12.0, 40.0])
 def test_three_ranks_of_a_saturated_layer(gain, factorised, monkeypatch):
     if factorised:
-        monkeypatch.setattr(certificate, "FACTORISED", 0)
+        monkeypatch.setattr(cost, "FACTORISED", 0)
     model, x = saturated(gain), normal(3, 24)
     first = certify(model, x, LABELS).layers.query("index == 1")
     rank, error = by_hand(model, x)
