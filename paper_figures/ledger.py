@@ -89,13 +89,14 @@ def _unmeasured(experiment: str) -> list[dict[str, object]]:
 
 
 def to_table(lines: pd.DataFrame) -> Table:
-    """The ledger for the terminal, without its numbers."""
-    table = Table(title=f"{len(lines)} verdicts on {lines['claim'].nunique()} forms of {_claims(lines)} claims", show_lines=False)
-    for heading in ("claim", "form", "verdict", "data", "scale", "statement"):
+    """The ledger for the terminal: under each statement the evidence and the command that reruns it."""
+    table = Table(title=f"{len(lines)} verdicts on {lines['claim'].nunique()} forms of {_claims(lines)} claims", show_lines=True)
+    for heading in ("claim", "form", "verdict", "data", "scale", "statement, evidence and command"):
         table.add_column(heading, overflow="fold")
     for line in lines.astype(object).where(lines.notna(), "").itertuples():
         word = f"[{COLOURS.get(line.verdict, 'default')}]{escape(phrase(line.verdict, line.condition))}[/]"
-        table.add_row(line.claim, line.form.replace("_", " "), word, line.data, line.scale, escape(line.statement))
+        shown = "\n".join(f"[dim]{escape(text)}[/]" for text in (line.evidence, line.command) if text)
+        table.add_row(line.claim, line.form.replace("_", " "), word, line.data, line.scale, f"{escape(line.statement)}\n{shown}")
     return table
 
 

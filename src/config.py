@@ -5,7 +5,7 @@ Imports neither torch nor wandb, so that a bad configuration is answered at once
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -123,7 +123,8 @@ class ClaimConfig:
 class Criterion:
     """When one form of the claim holds: the estimate of every cell lies in [at_least, at_most].
 
-    `condition` is a query over the cells' columns; where it is given the form is claimed only there.
+    `condition` is a query over the cells' columns; where it is given the form is claimed only there. `given` has the further numbers that
+    decide, by name: thresholds that a cell is made with. They are printed with the criterion.
     """
 
     form: Literal["as_stated", "precise"]
@@ -132,6 +133,7 @@ class Criterion:
     at_least: Real | None = None
     at_most: Real | None = None
     condition: str | None = None
+    given: dict[str, Real] = field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Criterion":
