@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
+from paper_figures.style import criteria
 from src import rows as row_table
 from src.errors import UserError
 from src.run import CONF
@@ -80,11 +80,10 @@ def _measured(rows: Path, verdicts: Path) -> list[dict[str, object]]:
 
 
 def _unmeasured(experiment: str) -> list[dict[str, object]]:
-    criteria = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").criteria
     command = f"python -m src.run experiment={experiment}"
     return [
         {"claim": f"{experiment}/{name}", "form": form.form, "statement": form.statement, "verdict": "not measured", "command": command}
-        for name, form in criteria.items()
+        for name, form in criteria(experiment).items()
     ]
 
 

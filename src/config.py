@@ -181,7 +181,6 @@ class Grid:
     auxiliary_layers: Counts = UNSET  # hidden layers of an auxiliary classifier
     published_widths: list[Count] = UNSET  # units of the nets trained to a published accuracy; none where they are not trained
     published_epochs: Count = UNSET
-    locked_decades: Positive = UNSET  # from which on a chain counts as locked
     places: Depths = UNSET  # l of the layer that is the bottleneck
     bottleneck_ranks: Counts = UNSET  # of that layer
     code_widths: Counts = UNSET  # units of the code
@@ -267,7 +266,7 @@ def unknown_key(key: str) -> str:
 def known_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
     """Yield every key of the schema, dotted."""
     hints = get_type_hints(schema)
-    for field in fields(schema):
-        yield prefix + field.name
-        if is_dataclass(hints[field.name]):
-            yield from known_keys(cast(type, hints[field.name]), prefix + field.name + ".")
+    for entry in fields(schema):
+        yield prefix + entry.name
+        if is_dataclass(hints[entry.name]):
+            yield from known_keys(cast(type, hints[entry.name]), prefix + entry.name + ".")

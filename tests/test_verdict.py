@@ -105,7 +105,8 @@ def test_holds_if_shows_both_sides():
         estimate=0.375,
         interval=(0.25, 0.5),
         n=5,
-        evidence="2 of 2 cells inside; worst: chi=0.9: 0.375 [0.25, 0.5], n=5; 2 of 2 cells that fail it are outside: chi=1.2: -8.5 [-9, -8], n=5",
+        evidence="2 of 2 cells inside; worst: chi=0.9: 0.375 [0.25, 0.5], n=5; "
+        "2 of 2 cells that fail it are outside: chi=1.2: -8.5 [-9, -8], n=5",
     )
 
 
