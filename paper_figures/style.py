@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from src.run import CONF
 from src.statistics import t_interval
@@ -73,7 +73,7 @@ def origin(rows: pd.DataFrame) -> str:
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
 
 
-def criteria(experiment: str) -> DictConfig:
+def criteria(experiment: str) -> Any:
     """The criteria of an experiment, for the limits that its figure shows."""
     return OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").criteria
 
