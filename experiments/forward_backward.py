@@ -371,7 +371,7 @@ def remedy_gains(rows: pd.DataFrame) -> pd.DataFrame:
     Forwards the gain is in the lock, backwards in its size: a gradient that explodes has not been helped. A training that diverged leaves
     no lock: where it is the remedy's the gain is −∞, where the plain chain's alone +∞.
 
-    Returns: a row a pair, with way, when, patient, remedy, net_seed, diverged (of the remedy's); the gain is the value.
+    Returns: a row a pair, with way, when, patient, remedy, net_seed; the gain is the value.
     """
     locks = rows[(rows["part"] == "remedy") & rows["quantity"].isin(LOCKS)]
     lost = [pick(rows, "diverged", value=1.0).assign(quantity=quantity, value=np.inf) for quantity in LOCKS]
@@ -391,7 +391,7 @@ def _gains(nets: pd.DataFrame) -> pd.DataFrame:
     plain = nets.loc[nets["remedy"] == "plain", [*on, "value"]]
     pairs = nets[nets["remedy"] != "plain"].merge(plain, on=on, suffixes=("", "_plain"))
     diverged = np.isneginf(pairs["value"])
-    return pairs.assign(diverged=diverged, value=(pairs["value"] - pairs["value_plain"]).where(~diverged, -np.inf))
+    return pairs.assign(value=(pairs["value"] - pairs["value_plain"]).where(~diverged, -np.inf))
 
 
 def gain_cells(rows: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
@@ -403,7 +403,8 @@ def gain_cells(rows: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
     untreated = rows[(rows["when"] == "initial") & (rows["remedy"] == "plain")].groupby(["quantity", "patient"])["value"].mean()
     locks = gains["way"].replace("accuracy", "backward") + "_lock"
     lock = untreated.reindex(pd.MultiIndex.from_arrays([locks, gains["patient"]])).to_numpy()
-    diverged = gains.groupby(GAIN)["diverged"].transform("sum").astype(int)
+    lost = pick(rows, "diverged").groupby(["when", "patient", "remedy"])["value"].sum()
+    diverged = lost.reindex(pd.MultiIndex.from_frame(gains[["when", "patient", "remedy"]]), fill_value=0).to_numpy().astype(int)
     return cells_by(gains.assign(plain_lock=lock, diverged=diverged), [*GAIN, "plain_lock", "diverged"], mean_gain)
 
 

@@ -126,8 +126,8 @@ def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.Data
         axis.plot([rho.lo, rho.hi], [place, place], color=colour)
         axis.plot(rho.value, place, "o", color=colour, markerfacecolor=colour if is_entry else "w")
     kinds = [Line2D([], [], color=colour, label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
-    axis.axvline(0, color="0.3", linewidth=0.8)
-    axis.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle=":")
+    for level, dash in ((0, "-"), (LEVEL, ":")):
+        axis.plot([level, level], [-0.5, len(found) - 0.5], color="0.3", linewidth=0.8, linestyle=dash)  # not through the legend
     axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=5.5)
     axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -5.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
     axis.legend(handles=kinds, loc="upper left", ncols=2, borderpad=0, handlelength=1, columnspacing=0.8)

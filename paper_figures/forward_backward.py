@@ -15,7 +15,7 @@ from src.verdict import cells_by
 
 CHAINS = {"neither": "orthogonal linear", "forwards": "ReLU, σw²=2", "backwards": "latching tanh", "both": "tanh, σw²=1"}
 REMEDIES = {"plain": "plain", "skip": "skip", "batch": "BatchNorm", "layer": "LayerNorm", "exits": "auxiliary losses"}
-EDGE = 0.22  # of the height of a panel: where a gain of −∞ stands, above the legend
+EDGE = 0.2  # of the height of a panel: where a gain of −∞ stands, above the legend
 MOMENTS = ("initial", "trained")
 WORDS = {"forward": "forwards (decades)", "backward": "backwards (decades)", "accuracy": "test accuracy"}
 
@@ -121,9 +121,10 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
         style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": f"C{k // 2}"}
         found = cells_by(pairs, ["remedy"], mean_gain)
         lost = found[np.isinf(found["estimate"])]
-        edges = np.where(lost["estimate"] < 0, EDGE, 0.95)
-        if not lost.empty:
-            axis.plot(lost["remedy"].map(places), edges, **style | {"marker": "x"}, transform=axis.get_xaxis_transform())
+        for cell in lost.itertuples():
+            edge, sign = (EDGE, r"$-\infty$") if cell.estimate < 0 else (0.95, r"$+\infty$")
+            at_edge = {"marker": sign, "markersize": 12, "markeredgewidth": 0, "transform": axis.get_xaxis_transform()}
+            axis.plot(places[cell.remedy], edge, **style | at_edge)
         pairs, found = pairs[np.isfinite(pairs["value"])], found.drop(lost.index).replace([-np.inf, np.inf], np.nan)
         if pairs.empty:
             continue
@@ -133,7 +134,7 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
         axis.errorbar(found["remedy"].map(places), found["estimate"], half, **style, elinewidth=0.8)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(remedies)), [REMEDIES[remedy] for remedy in remedies])
-    axis.set(xlabel="open: before training, full: after, × at the edge: ±∞, diverged", ylabel="gain over plain (decades)")
+    axis.set(xlabel="open: untrained, full: trained, ∞: diverged", ylabel="gain over plain (decades)")
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom=bottom - 0.3 * (top - bottom))

@@ -341,7 +341,8 @@ def test_a_training_that_diverges_gains_minus_infinity_and_is_counted() -> None:
     for rest in (rows, rows[~(lost & rows["quantity"].isin(claim.LOCKS))]):
         gains = claim.remedy_gains(rest).query("remedy == 'skip' and when == 'trained' and patient == @TANH['patient']")
         assert gains.set_index(["way", "net_seed"])["value"].get(("forward", 0)) == -math.inf
-        assert gains.groupby("way")["diverged"].sum().to_dict() == {"forward": 1, "backward": 1}
+        cells = claim.gain_cells(rest, claim.remedy_gains(rest)).query("diverged == 1")
+        assert cells[["way", "when", "remedy"]].values.tolist() == [[way, "trained", "skip"] for way in ("backward", "forward")]
         found = verdicts(NAME, rest)["skips_help_backward"]
         assert (found.verdict, found.estimate, found.n) == ("refuted", None, 2)
         assert "diverged=1: -inf" in found.evidence
