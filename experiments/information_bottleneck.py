@@ -171,7 +171,7 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     ranks = pick(narrow, "signal_rank")
     excess = cells_by(ranks.assign(value=ranks["value"] - ranks["code"]), [*SETTING, "layer"], greatest)
     lost, cap = _lost(rows), int(rows["classes"].max()) - 1
-    filters = _over_seeds(lost["filter"].drop(columns=0)).assign(cap=cap)  # to no direction at all is a cut, not a filter
+    filters = _over_seeds(lost["filter"].drop(columns=0, errors="ignore")).assign(cap=cap)  # to no direction at all is a cut, not a filter
     cells = {
         "filtered_rank": excess,
         "filtered_directions": cells_by(pick(narrow, "outside"), [*SETTING, "layer"], t_interval),
