@@ -3,7 +3,9 @@
 A zoo of random networks, family × depth × gain × activation × normalisation × width: architectures drawn at random from all
 combinations, so that they are independent draws. Each is certified at initialisation, sample by sample, every entry with its enclosure, and
 then trained for one budget: the same steps, batches and learning rate. Spearman's ρ over the zoo between an entry and the accuracy reached
-tells whether the entry predicts; beside K_back stand the gradient's own end-to-end ratio, χ, the severity and the lock condition.
+tells whether the entry predicts; beside K_back stand the gradient's own end-to-end ratio, χ, the severity and the lock condition. The
+control is what is known without a certificate, depth and width: min rank J_l rises with the width, and so does the accuracy, so that each
+entry is also held to its correlation among networks of one width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,9 +88,13 @@ READINGS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
     "chi": ("chi", _nearer_zero),
     "path_depth": ("path_depth", _less),
 }
+CONTROLS = ("path_depth", "width")  # known without any certificate
+
 ENTRIES = ("attenuation", "rank", "conditioning", "skip_depth")
 # K_back's numbers alone: the product may be read either way
 K_BACK = (*ENTRIES, "attenuation_either_way")
+# those that are held to the control of the width
+GIVEN_WIDTH = (*ENTRIES, "severity", "gradient_ratio", "chi")
 # what the specification says to certify: each is also held to the statement that it predicts nothing
 STATED = (*ENTRIES, "severity", "severity_nonzero", "lock_condition")
 KEYS = ["kind", "norm", "activation"]
@@ -276,13 +282,17 @@ def refined_singular_values(J: np.ndarray) -> np.ndarray:
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
     nets = networks(rows)
+    medium = float(criteria["rank_predicts"].at_least or 0)
     rivalries = [(rival, entry) for rival in ("gradient_ratio", "chi") for entry in ("attenuation", "attenuation_either_way")]
     cells = {
-        **{f"{name}_predicts": _predicts(nets, name) for name in READINGS},
-        **{f"{name}_predicts_nothing": _predicts(nets, name) for name in STATED},
+        **{f"{name}_predicts": _predicts(nets, name, medium) for name in (*READINGS, "width")},
+        **{f"{name}_predicts_nothing": _predicts(nets, name, medium) for name in STATED},
+        **{f"{name}_given_width": _predicts(nets, name, medium, "width") for name in GIVEN_WIDTH},
         "better_than_depth": pd.DataFrame([cell(_gain(nets, entry, "path_depth"), entry=entry) for entry in ENTRIES]),
+        "better_than_width": pd.DataFrame([cell(_gain(nets, entry, "width"), entry=entry) for entry in ENTRIES]),
         "gradient_better": pd.DataFrame([cell(_gain(nets, rival, entry), rival=rival, over=entry) for rival, entry in rivalries]),
         "combination": _left_out(nets, K_BACK),
+        "combination_given_width": _left_out(nets, K_BACK, "width"),
         "wider_combination": _left_out(nets, tuple(READINGS)),
         "gradient_product": cells_by(pick(rows, "slack_as_stated"), KEYS, least),
         "product_bound": cells_by(pick(rows, "slack"), KEYS, least),
@@ -299,23 +309,28 @@ def networks(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**readings, "accuracy": values["accuracy"]}).reset_index()
 
 
-def told(rho: Estimate) -> str:
-    """What a correlation's interval says of a reading."""
-    return "predicts" if rho.lo > 0 else "predicts the reverse" if rho.hi < 0 else "predicts nothing"
+def told(rho: Estimate, medium: float) -> str:
+    """What a correlation's whole interval says of a reading: at least medium, less than medium either way, or neither of them."""
+    if rho.lo >= medium or rho.hi <= -medium:
+        return "predicts" if rho.lo > 0 else "predicts the reverse"
+    return "predicts nothing" if -medium <= rho.lo and rho.hi <= medium else "undecided"
 
 
-def _predicts(nets: pd.DataFrame, reading: str) -> pd.DataFrame:
-    rho = association(nets[reading], nets["accuracy"])
-    return pd.DataFrame([cell(rho, reading=reading, told=told(rho))])
+def _predicts(nets: pd.DataFrame, reading: str, medium: float, given: str | None = None) -> pd.DataFrame:
+    rho = association(nets[reading], nets["accuracy"], None if given is None else nets[given])
+    return pd.DataFrame([cell(rho, reading=reading, told=told(rho, medium))])
 
 
 def _gain(nets: pd.DataFrame, better: str, worse: str) -> Estimate:
     return association_gain(nets[better], nets[worse], nets["accuracy"])
 
 
-def _left_out(nets: pd.DataFrame, readings: Sequence[str]) -> pd.DataFrame:
+def _left_out(nets: pd.DataFrame, readings: Sequence[str], given: str | None = None) -> pd.DataFrame:
     """ρ of the accuracy foretold and reached within each kind that was left out, with the readings that foretold it."""
     foretold = predict_left_out(nets, readings, "accuracy", "kind").groupby("kind")
     return pd.DataFrame(
-        [cell(association(n["predicted"], n["accuracy"]), left_out=kind, chosen=n["chosen"].iloc[0]) for kind, n in foretold]
+        [
+            cell(association(n["predicted"], n["accuracy"], None if given is None else n[given]), left_out=kind, chosen=n["chosen"].iloc[0])
+            for kind, n in foretold
+        ]
     )

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from src import mean_field
 from src.config import Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.diversity import dissimilarity, participation_ratio, rank
@@ -32,7 +33,7 @@ from src.locking import ErrorSignal, severity
 from src.models.exits import MultiExit
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.statistics import Estimate, slope, t_interval
+from src.statistics import Estimate, exactly, slope, t_interval
 from src.training.loop import Objective, end_to_end
 from src.training.objectives import DeepSupervision, exit_losses
 from src.verdict import Verdict, cell, cells_by, judge_forms
@@ -47,6 +48,8 @@ QUANTITIES = {
     "forward_lock": "−log₁₀(1 − c), c the mean cosine between two samples of what the readout reads, decades",
     "backward_lock": "log₁₀ ‖g_{L−1}‖/‖g_1‖, root mean squares over the samples, of the loss that is trained on; decades",
     "main_lock": "the same of the chain's own loss alone",
+    "forward_rate": "slope of ln (1 − c_l) over the deeper half of a random plain chain, nats a layer",
+    "backward_rate": "slope of ln ‖g_l‖² against the distance from the loss, over the same layers, nats a layer",
     "schedule_lock": "‖∇θ_1 − ∇θ_1'‖/‖∇θ_1‖, the latter after the signs of the last weights are flipped",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
@@ -63,6 +66,12 @@ CHAINS: dict[str, dict[str, Any]] = {
 LOCKED = {"neither": (), "forwards": ("forward",), "backwards": ("backward",), "both": WAYS}
 # what else is measured of the last states and of the first error signals, by the way it is about
 MEASURES = {"participation": "forward", "state_rank": "forward", "severity": "backward", "signal_rank": "backward"}
+# random plain chains whose two rates are compared
+RATED: tuple[dict[str, Any], ...] = (
+    {"activation": "tanh", "weight_var": 1.0, "bias_var": 0.05},
+    {"activation": "tanh", "weight_var": 1.3, "bias_var": 0.05},
+    {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0},
+)
 # plain chains that want a remedy
 PATIENTS: dict[str, dict[str, Any]] = {
     "ReLU, σw²=2": {"activation": "relu", "weight_var": 2.0, "bias_var": 0.0},
@@ -76,8 +85,13 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "layer": {"skip": "none", "norm": "layer"},
     "exits": {"skip": "none", "norm": "none"},
 }
-PATIENT = ["way", "when", "patient"]
-GAIN = [*PATIENT, "remedy"]
+GAIN = ["way", "when", "patient", "remedy"]
+LEARNING = {
+    "skips_help_learning": "skip",
+    "normalisation_helps_learning": "batch",
+    "layer_normalisation_helps_learning": "layer",
+    "exits_help_learning": "exits",
+}
 SCHEDULED = "ReLU, σw²=2"  # the patient whose schedule is looked at: its gradient reaches the first stage
 ALPHA = 0.3  # the weight of an auxiliary loss (Szegedy et al. 2015, Going deeper with convolutions, section 5)
 FAINTEST = math.log(torch.finfo(torch.float64).tiny) / 2  # ln of the faintest error signal that counts
@@ -90,6 +104,7 @@ def check(config: Config, data: Data) -> None:
     """
     grid, depth = config.grid, config.model.depth
     require(depth >= 8 and depth % 2 == 0, "model.depth: 2n+2 weight layers, at least 8 (8, 10, 12, …)")
+    require(grid.rate_depth >= 6, "grid.rate_depth: at least 6 weight layers, for a slope over half of them")
     require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
     require(grid.train_width >= 8, "grid.train_width: at least 8 units: narrower chains die")
     require(min(grid.seeds, grid.train_seeds) >= 2, "grid.seeds, grid.train_seeds: at least 2, for an interval")
@@ -104,19 +119,23 @@ def plan(context: Context) -> list[Work]:
     def exhibiting(network: nn.Sequential) -> None:
         list(_both_ways(context, network, {}))
 
+    def rating(network: nn.Sequential) -> None:
+        rates(passing(context, network))
+
     def treating(network: nn.Sequential) -> None:
         for _ in ("before", "after"):
-            list(_locks(context, passing(context, network), {}))
+            list(_locks(passing(context, network), {}))
 
     return [
         *(Work(model, grid.seeds, measuring=exhibiting) for model in _exhibited(config).values()),
+        *(Work(model, grid.seeds, measuring=rating) for model in _rated(config)),
         *(Work(model, grid.train_seeds, steps, measuring=treating) for _, _, model in _treated(config)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    return pd.DataFrame([row for part in (_exhibits, _treatments) for row in part(context)])
+    return pd.DataFrame([row for part in (_exhibits, _rates, _treatments) for row in part(context)])
 
 
 def _exhibited(config: Config) -> dict[str, ModelConfig]:
@@ -136,7 +155,7 @@ def _exhibits(context: Context) -> Iterator[Row]:
 def _both_ways(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
     """Both locks of a chain; how much its states differ and how far its error signals get, behind every stage but the readout."""
     passed = passing(context, network)
-    yield from _locks(context, passed, where)
+    yield from _locks(passed, where)
     for layer, (state, signal) in enumerate(zip(passed.states[:-1], passed.signals[:-1], strict=True), start=1):
         spread = severity(signal)
         yield from measured(
@@ -157,6 +176,28 @@ def latch(network: nn.Sequential, gain: float) -> None:
         linear.weight.copy_(gain * torch.eye(len(linear.weight)))
 
 
+def _rated(config: Config) -> list[ModelConfig]:
+    model = replace(config.model, family="mlp", skip="none", norm="none", init="gaussian", depth=config.grid.rate_depth)
+    return [replace(model, **settings) for settings in RATED]
+
+
+def _rates(context: Context) -> Iterator[Row]:
+    """How fast states draw together and gradients shrink in random plain chains."""
+    for model in _rated(context.config):
+        for seed in range(context.config.grid.seeds):
+            forward, backward = rates(passing(context, context.network(model, seed)))
+            where = {"part": "rate", **network_columns(model, seed)}
+            yield from measured(where, forward_rate=forward, backward_rate=backward)
+
+
+def rates(passed: "Passed") -> tuple[float, float]:
+    """How fast 1 − c_l and ‖g_l‖² shrink in the deeper half of a chain, nats a layer."""
+    deep = range(len(passed.states) // 2, len(passed.states))
+    apart = [math.log(dissimilarity(passed.states[layer - 1])) for layer in deep]
+    kept = [2 * passed.signals[layer - 1].log_rms() for layer in deep]
+    return slope(deep, apart).value, slope([-layer for layer in deep], kept).value
+
+
 def _treated(config: Config) -> list[tuple[str, str, ModelConfig]]:
     model = replace(config.model, family="residual_mlp", init="gaussian", width=config.grid.train_width)
     return [(p, r, replace(model, **PATIENTS[p], **REMEDIES[r])) for p in PATIENTS for r in REMEDIES]
@@ -169,13 +210,13 @@ def _treatments(context: Context) -> Iterator[Row]:
             network, objective = _with_losses(context, model, remedy, seed)
             where = {"part": "remedy", "patient": patient, "remedy": remedy, **network_columns(model, seed)}
             trained = {**where, "when": "trained"}
-            yield from _locks(context, passing(context, network, objective), {**where, "when": "initial"})
+            yield from _locks(passing(context, network, objective), {**where, "when": "initial"})
             if patient == SCHEDULED:
                 yield from _schedule(context, network, objective, where)
             outcome = context.train(network, f"{patient}, {remedy}, seed {seed}", seed, objective)
             yield from measured(trained, **{quantity: outcome.metrics()[quantity] for quantity in ("test_accuracy", "diverged")})
             if outcome.status == "finished":
-                yield from _locks(context, passing(context, network, objective), trained)
+                yield from _locks(passing(context, network, objective), trained)
                 if remedy == "exits":
                     yield from measured(trained, main_lock=passing(context, network).backward_lock())
 
@@ -189,9 +230,8 @@ def _with_losses(context: Context, model: ModelConfig, remedy: str, seed: int) -
     return context.with_exits(network, model, names, seed), DeepSupervision(dict.fromkeys(names, ALPHA))
 
 
-def _locks(context: Context, passed: "Passed", where: Row) -> Iterator[Row]:
-    at = {**where, "threshold": context.config.grid.locked_decades}
-    return measured(at, forward_lock=passed.forward_lock(), backward_lock=passed.backward_lock())
+def _locks(passed: "Passed", where: Row) -> Iterator[Row]:
+    return measured(where, forward_lock=passed.forward_lock(), backward_lock=passed.backward_lock())
 
 
 def _schedule(context: Context, network: nn.Module, objective: Objective, where: Row) -> Iterator[Row]:
@@ -270,48 +310,43 @@ def readout_of(chain: nn.Sequential) -> nn.Linear:
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    gains, margins, told = remedy_gains(rows), _margins(rows), _told_apart(rows)
-    ill, well = (cells_by(gains[gains["ill"] == locked], GAIN, t_interval) for locked in (True, False))
+    told, gains, learning = _told_apart(rows), gain_cells(rows, remedy_gains(rows)), gain_cells(rows, accuracy_gains(rows))
     cells = {
-        "distinct": margins.query("chain in ('forwards', 'backwards')"),
-        "both_present": margins.query("chain == 'both'"),
-        "neither": margins.query("chain == 'neither'"),
+        "distinct": _margins(rows, ("forwards", "backwards"), criteria["distinct"]),
+        "both_present": _margins(rows, ("both",), criteria["both_present"]),
+        "neither": _margins(rows, ("neither",), criteria["neither"]),
         "one_rate": _rate_ratio(rows),
         **{f"{measure}_tells": told.query("measure == @measure") for measure in MEASURES},
-        "skips_help_backward": ill.query("remedy == 'skip' and way == 'backward'"),
-        "skips_help_forward": ill.query("remedy == 'skip' and way == 'forward'"),
-        "normalisation_helps_both": ill.query("remedy == 'batch'"),
-        "layer_normalisation_helps_both": ill.query("remedy == 'layer'"),
-        "exits_help_backward": ill.query("remedy == 'exits' and way == 'backward'"),
-        "exits_leave_forward": ill.query("remedy == 'exits' and way == 'forward'"),
-        "exits_open_the_chain": cells_by(_main_gain(rows), GAIN, t_interval),
-        "unneeded": well.query("remedy in ('skip', 'batch') and way == 'backward' and when == 'initial'"),
+        "skips_help_backward": gains.query("remedy == 'skip' and way == 'backward'"),
+        "skips_help_forward": gains.query("remedy == 'skip' and way == 'forward'"),
+        "normalisation_helps_both": gains.query("remedy == 'batch'"),
+        "layer_normalisation_helps_both": gains.query("remedy == 'layer'"),
+        "exits_help_backward": gains.query("remedy == 'exits' and way == 'backward'"),
+        "exits_leave_forward": gains.query("remedy == 'exits' and way == 'forward'"),
+        "exits_leave_forward_untrained": gains.query("remedy == 'exits' and way == 'forward'"),
+        "exits_open_the_chain": gain_cells(rows, _main_gains(rows)),
+        **{form: learning.query("remedy == @remedy") for form, remedy in LEARNING.items()},
+        "unneeded": gains.query("remedy in ('skip', 'batch') and way == 'backward' and when == 'initial'"),
         "schedule": _schedule_cells(rows),
     }
     return judge_forms("forward_backward", criteria, cells)
 
 
-def _margins(rows: pd.DataFrame) -> pd.DataFrame:
-    """By how many decades each of the four chains is on its side of both thresholds, the lesser margin of a net, over seeds."""
-    locks = rows[(rows["part"] == "chain") & rows["quantity"].isin(LOCKS)]
+def _margins(rows: pd.DataFrame, chains: Sequence[str], criterion: Criterion) -> pd.DataFrame:
+    """By how many decades each of the chains is on its side of both thresholds, the lesser margin of a net, over seeds."""
+    locks = rows[(rows["part"] == "chain") & rows["quantity"].isin(LOCKS) & rows["chain"].isin(chains)]
     locked = [quantity.removesuffix("_lock") in LOCKED[chain] for quantity, chain in zip(locks["quantity"], locks["chain"], strict=True)]
-    beyond = locks["value"] - locks["threshold"]
+    beyond = locks["value"] - criterion.given["locked_decades"]
     margins = locks.assign(value=beyond.where(locked, -beyond)).groupby(["chain", "net_seed"], as_index=False)["value"].min()
     return cells_by(margins, ["chain"], t_interval)
 
 
-def rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """How fast 1 − c_l and ‖g_l‖² shrink in the deeper half of chains of one kind, a line a net; nats a layer."""
-    profiles = rows[rows["layer"] >= rows["depth"] // 2].pivot(index=["net_seed", "layer"], columns="quantity", values="value")
-    nets = [net.reset_index() for _, net in profiles.groupby("net_seed")]
-    forward = [slope(net["layer"], np.log(net["dissimilarity"])).value for net in nets]
-    return pd.DataFrame({"forward": forward, "backward": [slope(-net["layer"], 2 * net["error_signal"]).value for net in nets]})
-
-
 def _rate_ratio(rows: pd.DataFrame) -> pd.DataFrame:
-    """The one rate over the other in the random chains that are locked both ways."""
-    found = rates(rows[(rows["part"] == "chain") & (rows["chain"] == "both")])
-    return pd.DataFrame([cell(t_interval(found["forward"] / found["backward"]), chain="both")])
+    """The one rate over the other, paired by net, beside the variance q* that the chain settles at."""
+    keys = ["activation", "weight_var", "bias_var"]
+    nets = rows[rows["part"] == "rate"].pivot(index=[*keys, "net_seed"], columns="quantity", values="value").reset_index()
+    settled = [mean_field.fixed_point(*at) for at in nets[keys].itertuples(index=False)]
+    return cells_by(nets.assign(settled=settled, value=nets["forward_rate"] / nets["backward_rate"]), [*keys, "settled"], t_interval)
 
 
 def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
@@ -333,26 +368,57 @@ def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
 def remedy_gains(rows: pd.DataFrame) -> pd.DataFrame:
     """By how many decades each remedy brings a chain nearer to no lock than the plain chain of the same seed is.
 
-    Forwards the gain is in the lock, backwards in its size: a gradient that explodes has not been helped. A patient is ill where the
-    plain chain's lock, mean over seeds at the same moment, reaches the threshold. Trainings that diverged are in no pair.
+    Forwards the gain is in the lock, backwards in its size: a gradient that explodes has not been helped. A training that diverged leaves
+    no lock: where it is the remedy's the gain is −∞, where the plain chain's alone +∞.
 
-    Returns: a row a pair, with way, when, patient, remedy, net_seed, ill; the gain is the value.
+    Returns: a row a pair, with way, when, patient, remedy, net_seed; the gain is the value.
     """
     locks = rows[(rows["part"] == "remedy") & rows["quantity"].isin(LOCKS)]
-    locks = locks.assign(way=locks["quantity"].str.removesuffix("_lock"))
-    locks["distance"] = locks["value"].where(locks["way"] == "forward", locks["value"].abs())
-    plain = locks[locks["remedy"] == "plain"]
-    plain = plain.assign(ill=plain.groupby(PATIENT)["value"].transform("mean") >= plain["threshold"])
-    on = [*PATIENT, "net_seed"]
-    pairs = locks[locks["remedy"] != "plain"].merge(plain[[*on, "distance", "ill"]], on=on, suffixes=("", "_plain"))
-    return pairs.assign(value=pairs["distance_plain"] - pairs["distance"])
+    lost = [pick(rows, "diverged", value=1.0).assign(quantity=quantity, value=np.inf) for quantity in LOCKS]
+    locks = pd.concat([*lost, locks], ignore_index=True).drop_duplicates(["quantity", "when", "patient", "remedy", "net_seed"])
+    way = locks["quantity"].str.removesuffix("_lock")
+    return _gains(locks.assign(way=way, value=-locks["value"].where(way == "forward", locks["value"].abs())))
 
 
-def _main_gain(rows: pd.DataFrame) -> pd.DataFrame:
-    """What training with auxiliary losses does to the gradient of the chain's own loss, where the plain chain is locked backwards."""
-    own = pick(rows, "main_lock").assign(quantity="backward_lock", remedy="chain's own loss")
-    plain = pick(rows, "backward_lock", part="remedy", when="trained", remedy="plain")
-    return remedy_gains(pd.concat([plain, own])).query("ill")
+def accuracy_gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """By how much more of the test images a chain with a remedy tells right than the plain chain of the same seed; as `remedy_gains`."""
+    return _gains(pick(rows, "test_accuracy", part="remedy").assign(way="accuracy"))
+
+
+def _gains(nets: pd.DataFrame) -> pd.DataFrame:
+    """The value of every net with a remedy less that of the plain net of its seed; −∞ where it has none."""
+    on = ["way", "when", "patient", "net_seed"]
+    plain = nets.loc[nets["remedy"] == "plain", [*on, "value"]]
+    pairs = nets[nets["remedy"] != "plain"].merge(plain, on=on, suffixes=("", "_plain"))
+    diverged = np.isneginf(pairs["value"])
+    return pairs.assign(value=(pairs["value"] - pairs["value_plain"]).where(~diverged, -np.inf))
+
+
+def gain_cells(rows: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
+    """A cell a remedy, patient, way and moment, over seeds, beside how many trainings diverged and how far the patient was locked.
+
+    That is the plain chain's lock, mean over seeds, at initialisation: before any remedy and any training; of an accuracy it is the
+    backward lock.
+    """
+    untreated = rows[(rows["when"] == "initial") & (rows["remedy"] == "plain")].groupby(["quantity", "patient"])["value"].mean()
+    locks = gains["way"].replace("accuracy", "backward") + "_lock"
+    lock = untreated.reindex(pd.MultiIndex.from_arrays([locks, gains["patient"]])).to_numpy()
+    lost = pick(rows, "diverged").groupby(["when", "patient", "remedy"])["value"].sum()
+    diverged = lost.reindex(pd.MultiIndex.from_frame(gains[["when", "patient", "remedy"]]), fill_value=0).to_numpy().astype(int)
+    return cells_by(gains.assign(plain_lock=lock, diverged=diverged), [*GAIN, "plain_lock", "diverged"], mean_gain)
+
+
+def mean_gain(gains: pd.Series) -> Estimate:
+    """The mean with its t-interval; −∞ where one of them is, else +∞ where one is."""
+    infinite = gains[np.isinf(gains)]
+    return t_interval(gains) if infinite.empty else replace(exactly(infinite.min()), n=len(gains))
+
+
+def _main_gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """What training with auxiliary losses does to the gradient of the chain's own loss."""
+    trained = rows[(rows["when"] == "trained") & rows["remedy"].isin(["plain", "exits"])]
+    own = trained[(trained["remedy"] == "plain") | (trained["quantity"] != "backward_lock")]
+    return remedy_gains(own.replace({"quantity": {"main_lock": "backward_lock"}})).query("way == 'backward'")
 
 
 def _schedule_cells(rows: pd.DataFrame) -> pd.DataFrame:

@@ -58,7 +58,6 @@ NETS: dict[str, dict[str, Any]] = {
     "tanh": {"activation": "tanh", "weight_var": 1.0},
 }
 SETTING = ["when", "init", "activation", "code"]
-NOTICED = 0.05  # accuracy: a code that costs less leaves nothing to explain
 # of the energy that a code as wide as the net keeps, the share that a random one of r = share · d units keeps in the mean
 PREDICTED: dict[str, Callable[[float], float]] = {"gaussian": lambda share: 1.0, "orthogonal": lambda share: share}
 
@@ -172,18 +171,20 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     ranks = pick(narrow, "signal_rank")
     excess = cells_by(ranks.assign(value=ranks["value"] - ranks["code"]), [*SETTING, "layer"], greatest)
     lost, cap = _lost(rows), int(rows["classes"].max()) - 1
+    filters = _over_seeds(lost["filter"].drop(columns=0, errors="ignore")).assign(cap=cap)  # to no direction at all is a cut, not a filter
     cells = {
         "filtered_rank": excess,
         "filtered_directions": cells_by(pick(narrow, "outside"), [*SETTING, "layer"], t_interval),
         "filtered_energy": _exponents(rows),
-        "filter_explains": _explained(lost, cap),
+        "filter_explains": _explained(lost, cap, **criteria["filter_explains"].given),
         "rank_before_code": excess[excess["layer"] == BELOW],
         "rank_below": excess[excess["layer"] < BELOW],
         "rank_reached": _rank_reached(rows),
         "energy_orthogonal": _against_prediction(rows, "orthogonal"),
         "energy_gaussian": _against_prediction(rows, "gaussian"),
         "wide_code": _over_seeds(lost["code"]).assign(cap=cap),
-        "filter_alone": _over_seeds(lost["filter"]).assign(cap=cap),
+        "filter_alone": filters,
+        "filter_of_the_cap": filters,
     }
     return judge_forms("information_bottleneck", criteria, cells)
 
@@ -205,13 +206,14 @@ def _exponents(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _against_prediction(rows: pd.DataFrame, init: str) -> pd.DataFrame:
-    """The mean energy kept by an untrained code over that kept by one as wide as the net, over its prediction; jackknife over seeds."""
+    """The mean energy kept by an untrained code over that kept by one as wide as the net, over its prediction, by the jackknife of ln."""
     kept = pick(rows, "energy_kept", when="untrained", init=init).pivot(index=["activation", "net_seed"], columns="code", values="value")
     *codes, width = kept.columns
     cells = []
     for (activation, nets), code in product(kept.groupby("activation"), codes):
         pairs = nets[[code, width]] / [PREDICTED[init](code / width), 1]
-        ratio = jackknife(lambda energies: energies[:, 0].mean() / energies[:, 1].mean(), pairs)
+        log = jackknife(lambda energies: np.log(energies[:, 0].mean() / energies[:, 1].mean()), pairs)
+        ratio = replace(log, value=np.exp(log.value), lo=np.exp(log.lo), hi=np.exp(log.hi))
         cells.append(cell(ratio, activation=activation, code=code))
     return pd.DataFrame(cells)
 
@@ -227,8 +229,8 @@ def _over_seeds(lost: pd.DataFrame) -> pd.DataFrame:
     return cells_by(lost.melt(ignore_index=False).dropna().reset_index(), ["activation", "code"], t_interval)
 
 
-def _explained(lost: pd.DataFrame, cap: int) -> pd.DataFrame:
-    """The accuracy that a filter of the gradient costs minus half of what the code costs, paired by seed; of codes < C−1 that do cost."""
+def _explained(lost: pd.DataFrame, cap: int, share: float, noticed: float) -> pd.DataFrame:
+    """The accuracy that a filter of the gradient costs minus a share of what the code costs, paired by seed; of codes < C−1 that cost."""
     by_code = lost["code"].loc[:, lambda codes: codes.columns < cap]
-    costly = by_code.groupby("activation").transform("mean") >= NOTICED
-    return _over_seeds((lost["filter"][by_code.columns] - by_code / 2).where(costly))
+    costly = by_code.groupby("activation").transform("mean") >= noticed
+    return _over_seeds((lost["filter"][by_code.columns] - share * by_code).where(costly))

@@ -23,6 +23,7 @@ from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.dense import dense_factors
+from src.jacobian.materialised import layer_jacobian
 from src.locking import gradient_profile, growth
 from src.models.bottleneck import dense_layer
 from src.plan import Work
@@ -35,7 +36,7 @@ QUANTITIES = {
     "bound_as_stated": "ln of ∏_{l<L}‖J_l‖·‖g_L‖, nats",
     "bound": "ln of ‖P_1‖ ∏_{l≥2}‖J_l‖·‖g_L‖, nats",
     "input_norm": "√(‖x‖²+1), the norm of an input and its bias",
-    "mean_norm": "mean of ‖J_l‖ over the layers of a network and the samples",
+    "mean_norm": "mean of ‖J_l‖ over the hidden layers of a network behind the first, and the samples",
     "error_signal": "½ ln mean_n ‖g_l‖² at layer l, nats",
     "weight_gradient": "½ ln mean_n ‖∇W_l‖² at layer l, nats",
     "chi": "mean squared singular value of J_l over the second half of the hidden layers and the samples",
@@ -61,6 +62,8 @@ ACTIVATIONS: tuple[Activation, ...] = ("tanh", "relu", "sigmoid")
 KNOWN_SCALE = (1.3, 1.7)
 # an unnormalised ReLU net far below its critical σw²: activations shrink forwards as the error signal does backwards
 HIDING: dict[str, Any] = {"activation": "relu", "weight_var": 1.0, "bias_var": 0.0}
+# a net with ‖J_l‖ > 1 below its critical σw²
+LARGE: dict[str, Any] = {"activation": "tanh", "weight_var": 1.3}
 # ‖J_l‖ of two chains of scaled orthogonal layers: both below 1 everywhere, one of them uniformly
 SCALED: dict[str, Callable[[int], float]] = {"uniform": lambda layer: 0.9, "not uniform": lambda layer: 1 - 1 / (layer + 1) ** 2}
 SUPREMUM = {"uniform": 0.9, "not uniform": 1.0}
@@ -88,6 +91,7 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.certified_seeds, measuring=context.certify) for model in _bounded(config)),
         *(Work(model, 1, measuring=context.certify) for _, model in _scaled(config)),
         *(Work(model, grid.seeds, measuring=settled) for model in _rated(config)),
+        Work(_large_net(config), grid.seeds, measuring=partial(_norms_and_rate, context)),
         Work(_hidden_net(config), grid.seeds, measuring=profiled),
         *(Work(model, grid.train_seeds, steps) for model in _short(config)),
     ]
@@ -95,7 +99,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_bounds, _scaled_chains, _rates, _hiding, _edge)
+    parts = (_bounds, _scaled_chains, _rates, _large, _hiding, _edge)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -114,7 +118,6 @@ def _bounds(context: Context) -> Iterator[Row]:
             where = {"part": "bound", **network_columns(model, seed)}
             if seed == 0 and model.depth == max(grid.depths):
                 context.tracker.certificate(f"{model.activation} {model.weight_var:g}", certificate)
-            yield from measured(where, mean_norm=certificate.layers["norm"].mean())
             for bound, norm in zip(certificate.bound().itertuples(), input_norms, strict=True):
                 sides = {"gradient": bound.lhs, "bound_as_stated": bound.rhs_as_stated, "bound": bound.rhs}
                 yield from measured({**where, "sample": bound.sample}, **sides, input_norm=norm)
@@ -200,6 +203,27 @@ def mean_squared_singular_value(network: nn.Sequential, inputs: torch.Tensor) ->
     return float(torch.stack(squares).mean())
 
 
+def _large_net(config: Config) -> ModelConfig:
+    return replace(config.model, **LARGE, depth=config.grid.rate_depth, width=config.grid.product_width)
+
+
+def _large(context: Context) -> Iterator[Row]:
+    """‖J_l‖ and the gradient's own rate of the same nets."""
+    model = _large_net(context.config)
+    for seed in range(context.config.grid.seeds):
+        norm, rate = _norms_and_rate(context, context.network(model, seed))
+        yield from measured({"part": "large", **network_columns(model, seed)}, mean_norm=norm, rate=rate)
+
+
+def _norms_and_rate(context: Context, network: nn.Sequential) -> tuple[float, float]:
+    inputs, _ = context.samples(context.data.test, context.config.grid.samples)
+    chain = cut(network, None, torch.float64, "eval")
+    hidden = list(zip(chain.stages, chain.states(inputs.double()), strict=False))[1:-1]
+    grams = [J.mT @ J for J in (layer_jacobian(stage, state) for stage, state in hidden)]
+    norms = [torch.linalg.eigvalsh(gram)[:, -1].sqrt() for gram in grams]
+    return float(torch.stack(norms).mean()), growth(context.error_signals(network))
+
+
 def _hidden_net(config: Config) -> ModelConfig:
     return replace(config.model, **HIDING, depth=config.grid.rate_depth)
 
@@ -268,7 +292,7 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "rate": _by_setting(nets, np.exp(nets["rate"]) / nets["chi"] - 1),
         "chi_decides": _by_setting(nets, nets["rate"]),
         "depth_scale": _by_setting(known, known["rate"] / np.log(known["chi"])),
-        "trainable_depth": _trainable_depth(rows),
+        "trainable_depth": _trainable_depth(rows, criteria["trainable_depth"]),
         "early_layers_locked": _lags(rows),
         "weight_gradient_hides": _hidden(rows),
     }
@@ -301,18 +325,19 @@ def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _large_norms(rows: pd.DataFrame) -> pd.DataFrame:
-    """The slope of ln ‖g_l‖² against the distance from the loss in tanh nets, over seeds, beside the mean ‖J_l‖ of the deepest."""
-    where = {"activation": "tanh", "weight_var": BOUNDED[0]["weight_var"]}
-    norms = pick(rows, "mean_norm", part="bound", **where)
-    mean_norm = norms[norms["depth"] == norms["depth"].max()]["value"].mean()
-    rates = pick(rows, "rate", part="rate", **where)["value"]
-    return pd.DataFrame([cell(t_interval(rates), mean_norm=mean_norm, **where)] if len(rates) else [])
+    """The slope of ln ‖g_l‖² against the distance from the loss in tanh nets, over seeds, beside the mean ‖J_l‖ of the same nets."""
+    nets = rows[rows["part"] == "large"].pivot(index="net_seed", columns="quantity", values="value")
+    return pd.DataFrame([cell(t_interval(nets["rate"]), mean_norm=nets["mean_norm"].mean(), **LARGE)])
 
 
 def _beside_theory(rows: pd.DataFrame) -> pd.DataFrame:
     """Each random net's rate and its `measured` mean squared singular value beside the mean-field χ of its activation, σw² and σb²."""
     keys = ["activation", "weight_var", "bias_var", "net_seed"]
-    nets = rows[rows["quantity"].isin(["chi", "rate"])].pivot(index=keys, columns="quantity", values="value").reset_index()
+    nets = (
+        rows[(rows["part"] == "rate") & rows["quantity"].isin(["chi", "rate"])]
+        .pivot(index=keys, columns="quantity", values="value")
+        .reset_index()
+    )
     chi = [mean_field.chi(net.activation, net.weight_var, net.bias_var) for net in nets.itertuples()]
     return nets.rename(columns={"chi": "measured"}).assign(chi=chi)
 
@@ -322,34 +347,37 @@ def _by_setting(nets: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     return cells_by(nets.assign(value=values), ["activation", "weight_var", "chi"], t_interval)
 
 
-def trainable_depths(rows: pd.DataFrame) -> pd.DataFrame:
+def depth_scales(rows: pd.DataFrame) -> pd.DataFrame:
+    """χ and the depth scale ξ in layers of the nets that are trained, by σw²."""
+    trained = pick(rows, "train_accuracy", part="edge")
+    bias_var = float(trained["bias_var"].iloc[0])
+    chi = {weight_var: mean_field.chi("tanh", weight_var, bias_var) for weight_var in sorted(trained["weight_var"].unique().tolist())}
+    return pd.DataFrame({"weight_var": list(chi), "chi": list(chi.values()), "scale": map(mean_field.depth_scale, chi.values())})
+
+
+def trainable_depths(rows: pd.DataFrame, share_of_best: float) -> pd.DataFrame:
     """How deep short training reaches at each σw²: the deepest net before the first that fails, and that first one.
 
-    A net trains when its mean train accuracy is at least half of the best in the grid. A failure counts only at depths where the
+    A net trains when its mean train accuracy is at least that share of the best in the grid. A failure counts only at depths where the
     net nearest to χ = 1, the control, trains: elsewhere it is the length of the training that decides.
 
     Returns: weight_var, chi, scale (ξ in layers), reached, failed (inf where none is known to fail), n (seeds).
     """
     accuracy = pick(rows, "train_accuracy", part="edge")
     table = accuracy.pivot_table(index="weight_var", columns="depth", values="value", aggfunc="mean")
-    trains = (table >= table.to_numpy().max() / 2).cummin(axis=1)
-    depths = table.columns.to_numpy()
-    bias_var = float(accuracy["bias_var"].iloc[0])
-    chi = {weight_var: mean_field.chi("tanh", float(weight_var), bias_var) for weight_var in table.index}
-    control = trains.loc[min(chi, key=lambda weight_var: abs(np.log(chi[weight_var])))]
-    found = []
-    for weight_var, reached in trains.iterrows():
-        bracket = {"reached": max(depths[reached], default=0), "failed": min(depths[~reached & control], default=np.inf)}
-        scale = mean_field.depth_scale(chi[weight_var])
-        seeds = accuracy[accuracy["weight_var"] == weight_var]["net_seed"].nunique()
-        found.append({"weight_var": weight_var, "chi": chi[weight_var], "scale": scale, **bracket, "n": seeds})
-    return pd.DataFrame(found)
+    trains = (table >= share_of_best * table.to_numpy().max()).cummin(axis=1)
+    depths, scales = table.columns.to_numpy(), depth_scales(rows)
+    control = trains.loc[scales["weight_var"][np.log(scales["chi"]).abs().idxmin()]]
+    reached = [max(depths[trained], default=0) for _, trained in trains.iterrows()]
+    failed = [min(depths[~trained & control], default=np.inf) for _, trained in trains.iterrows()]
+    seeds = accuracy.groupby("weight_var")["net_seed"].nunique().to_numpy()
+    return scales.assign(reached=reached, failed=failed, n=seeds)
 
 
-def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
+def _trainable_depth(rows: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     """The depth that training reaches, in units of ξ, where gradients vanish (χ < 1)."""
     cells = []
-    for edge in trainable_depths(rows).query("chi < 1").itertuples():
+    for edge in trainable_depths(rows, **criterion.given).query("chi < 1").itertuples():
         lo, hi = edge.reached / edge.scale, edge.failed / edge.scale
         middle = np.sqrt(lo * hi) if np.isfinite(hi) else lo
         bracket = Estimate(middle, lo, hi, edge.n, "between the last depth that trains and the first that does not")
@@ -359,7 +387,7 @@ def _trainable_depth(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _lags(rows: pd.DataFrame) -> pd.DataFrame:
     """By how much less the early layers have moved than the late ones, over seeds, beside ξ: infinite where gradients don't vanish."""
-    edges, lags = trainable_depths(rows).set_index("weight_var"), pick(rows, "lag")
+    edges, lags = depth_scales(rows).set_index("weight_var"), pick(rows, "lag")
     scales = edges["scale"].where(edges["chi"] < 1, np.inf)
     return cells_by(lags.assign(scale=lags["weight_var"].map(scales)), ["weight_var", "scale", "depth"], t_interval)
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.certificate import CONVOLUTIONAL, ENTRIES, K_BACK, KINDS, READINGS, networks, told
-from paper_figures.style import MARKERS, panels, title
-from src.prediction import association, predict_left_out
+from paper_figures.style import MARKERS, criteria, panels, title
+from src.prediction import association, predict_left_out, rank_correlation
 
 NAMES = {
     "attenuation": "Σ ln ‖J_l‖",
@@ -26,6 +26,7 @@ NAMES = {
     "gradient_ratio": "|ln ‖g_1‖/‖g_L‖|",
     "chi": "|½ Σ ln χ_l|",
     "path_depth": "depth (control)",
+    "width": "width (control)",
 }
 # of the six readings whose scatter is shown: the axis, its scale, and whether the reading is the quantity's negative
 SHOWN = {
@@ -37,9 +38,9 @@ SHOWN = {
     "severity": ("severity λ, mean over stages", "linear", -1),
 }
 COMBINATIONS = {"best of K_back": K_BACK, "best of all": tuple(READINGS)}  # each foretells a family from the others
-LEVEL = 0.3  # the criterion's
-WORDS = {"predicts": "", "predicts nothing": ": nothing", "predicts the reverse": ": the reverse"}
-COLOURS = {"predicts": "C2", "predicts nothing": "0.5", "predicts the reverse": "C3"}
+LEVEL = float(criteria("certificate").rank_predicts.at_least)  # of a correlation that counts
+WORDS = {"predicts": "", "predicts nothing": ": nothing", "predicts the reverse": ": the reverse", "undecided": ": undecided"}
+COLOURS = {"predicts": "C2", "predicts nothing": "0.5", "predicts the reverse": "C3", "undecided": "C1"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -57,15 +58,16 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's ρ of every reading with the accuracy over the zoo, its interval, what it says, and ρ within each family.
+    """Spearman's ρ of every reading with the accuracy over the zoo, its interval and what it says; ρ within each width and each family.
 
     The last lines are those of the best combinations, each family foretold from the others.
     """
     nets = networks(rows)
     known = rows.groupby("quantity")["known"].first()
+    quantities = {name: quantity for name, (quantity, _) in READINGS.items()}
     lines = []
     for reading, name in NAMES.items():
-        kind = {"reading": name, "in K_back": "yes" if reading in ENTRIES else "no", "known": known[READINGS[reading][0]]}
+        kind = {"reading": name, "in K_back": "yes" if reading in ENTRIES else "no", "known": known.get(quantities.get(reading), "exact")}
         lines.append({**kind, **_line(nets, nets[reading])})
     for name, readings in COMBINATIONS.items():
         kind = {"reading": f"{name}, family left out", "in K_back": "yes" if readings is K_BACK else "no", "known": "fitted"}
@@ -77,7 +79,9 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def _line(nets: pd.DataFrame, values: pd.Series) -> dict[str, Any]:
     rho = association(values, nets["accuracy"])
     within = {f"ρ, {kind}": association(values[part.index], part["accuracy"]).value for kind, part in nets.groupby("kind")}
-    return {"ρ": rho.value, "low": rho.lo, "high": rho.hi, "says": told(rho), **within, "architectures": rho.n}
+    fixed = association(values, nets["accuracy"], nets["width"])
+    given = {"ρ, given width": fixed.value, "given width, low": fixed.lo, "given width, high": fixed.hi}
+    return {"ρ": rho.value, "low": rho.lo, "high": rho.hi, "says": told(rho, LEVEL), **given, **within, "architectures": rho.n}
 
 
 def _kinds(nets: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,24 +109,29 @@ def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
         axis.invert_xaxis()
     axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
     rho = association(nets[reading], nets["accuracy"])
-    title(axis, f"ρ = {rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]{WORDS[told(rho)]}")
+    title(axis, f"ρ = {rho.value:.2f}{WORDS[told(rho, LEVEL)]}")
 
 
 def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.DataFrame]) -> None:
-    """ρ of every reading and combination with its interval and what that says, K_back's filled; dotted: the criterion's level."""
-    found = [(name, reading in ENTRIES, association(nets[reading], nets["accuracy"])) for reading, name in NAMES.items()]
-    found += [(name, COMBINATIONS[name] is K_BACK, association(n["predicted"], n["accuracy"])) for name, n in combined.items()]
-    for place, (_, is_entry, rho) in enumerate(found):
-        colour = COLOURS[told(rho)]
+    """ρ of every reading and combination with its interval and what that says, K_back's filled, and ρ within each width as a cross.
+
+    Dotted: the criterion's level.
+    """
+    found = [(name, reading in ENTRIES, nets, nets[reading]) for reading, name in NAMES.items()]
+    found += [(name, COMBINATIONS[name] is K_BACK, n, n["predicted"]) for name, n in combined.items()]
+    for place, (_, is_entry, n, values) in enumerate(found):
+        rho = association(values, n["accuracy"])
+        colour = COLOURS[told(rho, LEVEL)]
+        axis.plot(rank_correlation(values, n["accuracy"], n["width"]), place, "x", color="k", markersize=3)
         axis.plot([rho.lo, rho.hi], [place, place], color=colour)
         axis.plot(rho.value, place, "o", color=colour, markerfacecolor=colour if is_entry else "w")
     kinds = [Line2D([], [], color=colour, label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
-    axis.axvline(0, color="0.3", linewidth=0.8)
-    axis.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=6)
-    axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -0.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
-    axis.legend(handles=kinds, loc="lower left", borderpad=0, handlelength=1)
-    title(axis, "95% intervals")
+    for level, dash in ((0, "-"), (LEVEL, ":")):
+        axis.plot([level, level], [-0.5, len(found) - 0.5], color="0.3", linewidth=0.8, linestyle=dash)  # not through the legend
+    axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=5.5)
+    axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -5.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
+    axis.legend(handles=kinds, loc="upper left", ncols=2, borderpad=0, handlelength=1, columnspacing=0.8)
+    title(axis, "95% intervals; ×: within a width")
 
 
 def _foretold(axis: Axes, foretold: pd.DataFrame, what: str) -> None:

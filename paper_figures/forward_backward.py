@@ -8,14 +8,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.forward_backward import GAIN, LOCKS, PATIENTS, WAYS, remedy_gains
-from paper_figures.style import DASHES, MARKERS, panels, title
+from experiments.forward_backward import GAIN, LOCKS, PATIENTS, WAYS, mean_gain, remedy_gains
+from paper_figures.style import DASHES, MARKERS, criteria, panels, title
 from src.rows import pick
-from src.statistics import t_interval
 from src.verdict import cells_by
 
 CHAINS = {"neither": "orthogonal linear", "forwards": "ReLU, σw²=2", "backwards": "latching tanh", "both": "tanh, σw²=1"}
 REMEDIES = {"plain": "plain", "skip": "skip", "batch": "BatchNorm", "layer": "LayerNorm", "exits": "auxiliary losses"}
+EDGE = 0.2  # of the height of a panel: where a gain of −∞ stands, above the legend
 MOMENTS = ("initial", "trained")
 WORDS = {"forward": "forwards (decades)", "backward": "backwards (decades)", "accuracy": "test accuracy"}
 
@@ -36,13 +36,13 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Forwards and backwards against plain, skip, norm and auxiliary losses, for every chain, before and after training.
 
     Under "plain" the chain's own lock, under a remedy by how much it brings the chain nearer to no lock, paired by seed; decades, each
-    with half of its 95% interval. Below them the accuracies, and how many of the trainings diverged.
+    with half of its 95% interval; −∞ where a training diverged. Below them the accuracies, and how many of the trainings diverged.
     """
     treated = rows[(rows["part"] == "remedy") & (rows["remedy"] != "local")]
     locks = treated[treated["quantity"].isin(LOCKS) & (treated["remedy"] == "plain")]
     own = locks.assign(way=locks["quantity"].str.removesuffix("_lock"))
     accuracies = pick(treated, "test_accuracy").assign(way="accuracy")
-    entries = cells_by(pd.concat([own, remedy_gains(rows), accuracies]), GAIN, t_interval).set_index(GAIN)
+    entries = cells_by(pd.concat([own, remedy_gains(rows), accuracies]), GAIN, mean_gain).set_index(GAIN)
     diverged = pick(treated, "diverged").groupby(["patient", "remedy"])["value"].sum()
     lines = []
     for patient in PATIENTS:
@@ -50,7 +50,10 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             line: dict[str, Any] = {"chain": patient, "when": when, "of": WORDS[what]}
             for remedy, name in REMEDIES.items():
                 entry = entries.reindex([(what, when, patient, remedy)]).iloc[0]
-                line |= {name: entry["estimate"], f"± {name}": entry["hi"] - entry["estimate"]}
+                line |= {
+                    name: entry["estimate"],
+                    f"± {name}": entry["hi"] - entry["estimate"] if np.isfinite(entry["estimate"]) else np.nan,
+                }
             lines.append(line)
         counts = {name: diverged[patient, remedy] for remedy, name in REMEDIES.items()}
         lines.append({"chain": patient, "when": "trained", "of": "diverged (nets)", **counts})
@@ -73,13 +76,13 @@ def _ranks(axis: Axes, rows: pd.DataFrame, quantity: str) -> None:
         axis.plot(mean.index, mean, linestyle="none", marker=MARKERS[k], markersize=3, markevery=(k, 4), color=f"C{k}", fillstyle="none")
 
 
-def _threshold(axis: Axes, rows: pd.DataFrame) -> None:
-    axis.axhline(pick(rows, LOCKS[0], part="chain")["threshold"].iloc[0], color="0.3", linewidth=0.8, linestyle=":")
+def _threshold(axis: Axes) -> None:
+    axis.axhline(criteria("forward_backward").distinct.given.locked_decades, color="0.3", linewidth=0.8, linestyle=":")
 
 
 def _states(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "dissimilarity", lambda profile: -np.log10(profile))
-    _threshold(axis, rows)
+    _threshold(axis)
     axis.set_ylabel("1/(1 − c_l) (decades)")
     title(axis, "correlation of states; locked above ···")
     axis.legend(loc="upper left")
@@ -87,7 +90,7 @@ def _states(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _signals(axis: Axes, rows: pd.DataFrame) -> None:
     _along(axis, rows, "error_signal", lambda profile: (profile.iloc[-1] - profile) / np.log(10))
-    _threshold(axis, rows)
+    _threshold(axis)
     axis.set_yscale("symlog", linthresh=1)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("‖g_{L−1}‖/‖g_l‖ (decades)")
@@ -116,19 +119,23 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
         pairs = gains.query("patient == @patient and when == @when")
         places = {remedy: place + (k - 2.5) * 0.14 for place, remedy in enumerate(remedies)}
         style: dict[str, Any] = {"linestyle": "none", "marker": MARKERS[k // 2], "color": f"C{k // 2}"}
-        for remedy in [remedy for remedy in remedies if remedy not in set(pairs["remedy"])]:
-            axis.plot(places[remedy], 0, color=style["color"], marker="x")
+        found = cells_by(pairs, ["remedy"], mean_gain)
+        lost = found[np.isinf(found["estimate"])]
+        for cell in lost.itertuples():
+            edge, sign = (EDGE, r"$-\infty$") if cell.estimate < 0 else (0.95, r"$+\infty$")
+            at_edge = {"marker": sign, "markersize": 12, "markeredgewidth": 0, "transform": axis.get_xaxis_transform()}
+            axis.plot(places[cell.remedy], edge, **style | at_edge)
+        pairs, found = pairs[np.isfinite(pairs["value"])], found.drop(lost.index).replace([-np.inf, np.inf], np.nan)
         if pairs.empty:
             continue
         axis.plot(pairs["remedy"].map(places), pairs["value"], **style, alpha=0.15, markersize=2)
-        found = cells_by(pairs, ["remedy"], t_interval).replace([-np.inf, np.inf], np.nan)  # one pair bounds nothing
         half = [found["estimate"] - found["lo"], found["hi"] - found["estimate"]]
         style |= {"markerfacecolor": style["color"] if when == "trained" else "w", "label": patient if when == "initial" else None}
         axis.errorbar(found["remedy"].map(places), found["estimate"], half, **style, elinewidth=0.8)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(remedies)), [REMEDIES[remedy] for remedy in remedies])
-    axis.set(xlabel="open: before training, full: after, ×: all diverged", ylabel="gain over plain (decades)")
+    axis.set(xlabel="open: untrained, full: trained, ∞: diverged", ylabel="gain over plain (decades)")
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom=bottom - 0.2 * (top - bottom))
+    axis.set_ylim(bottom=bottom - 0.3 * (top - bottom))
     axis.legend(loc="lower center", ncols=3, columnspacing=0.8, handletextpad=0.1)

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
+from paper_figures.style import criteria
 from src import rows as row_table
 from src.errors import UserError
 from src.run import CONF
@@ -80,22 +80,22 @@ def _measured(rows: Path, verdicts: Path) -> list[dict[str, object]]:
 
 
 def _unmeasured(experiment: str) -> list[dict[str, object]]:
-    criteria = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").criteria
     command = f"python -m src.run experiment={experiment}"
     return [
         {"claim": f"{experiment}/{name}", "form": form.form, "statement": form.statement, "verdict": "not measured", "command": command}
-        for name, form in criteria.items()
+        for name, form in criteria(experiment).items()
     ]
 
 
 def to_table(lines: pd.DataFrame) -> Table:
-    """The ledger for the terminal, without its numbers."""
-    table = Table(title=f"{len(lines)} verdicts on {lines['claim'].nunique()} forms of {_claims(lines)} claims", show_lines=False)
-    for heading in ("claim", "form", "verdict", "data", "scale", "statement"):
+    """The ledger for the terminal: under each statement the evidence and the command that reruns it."""
+    table = Table(title=f"{len(lines)} verdicts on {lines['claim'].nunique()} forms of {_claims(lines)} claims", show_lines=True)
+    for heading in ("claim", "form", "verdict", "data", "scale", "statement, evidence and command"):
         table.add_column(heading, overflow="fold")
     for line in lines.astype(object).where(lines.notna(), "").itertuples():
         word = f"[{COLOURS.get(line.verdict, 'default')}]{escape(phrase(line.verdict, line.condition))}[/]"
-        table.add_row(line.claim, line.form.replace("_", " "), word, line.data, line.scale, escape(line.statement))
+        shown = "\n".join(f"[dim]{escape(text)}[/]" for text in (line.evidence, line.command) if text)
+        table.add_row(line.claim, line.form.replace("_", " "), word, line.data, line.scale, f"{escape(line.statement)}\n{shown}")
     return table
 
 

@@ -11,7 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
+from src.run import CONF
 from src.statistics import t_interval
 
 WIDE = 7.2  # inches: two columns
@@ -69,6 +71,11 @@ def origin(rows: pd.DataFrame) -> str:
     images = f"{first['data']}, {first['train_images']:,} training images"
     where = f"{images}, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
+
+
+def criteria(experiment: str) -> Any:
+    """The criteria of an experiment, for the limits that its figure shows."""
+    return OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").criteria
 
 
 def t_error(values: np.ndarray) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.vanishing_products import SCALED, trainable_depths
+from experiments.vanishing_products import SCALED, depth_scales
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src import mean_field
 from src.rows import pick
@@ -126,7 +126,7 @@ def _edge(axis: Axes, rows: pd.DataFrame) -> None:
     colours = {"cmap": "cividis", "vmin": 0, "vmax": 1, "cbar_kws": {"label": "train accuracy"}}
     sns.heatmap(accuracy.iloc[::-1], ax=axis, annot=True, fmt=".2f", annot_kws={"size": 6}, **colours)
     depths = np.log2(accuracy.index.to_numpy())
-    for column, edge in enumerate(trainable_depths(rows).itertuples()):
+    for column, edge in enumerate(depth_scales(rows).itertuples()):
         if edge.chi < 1:
             place = np.interp(np.log2(6 * edge.scale), depths, np.arange(len(depths)), left=-0.5, right=len(depths) - 0.5)
             axis.plot([column, column + 1], [len(depths) - 0.5 - place] * 2, color="w", linewidth=3)

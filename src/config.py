@@ -5,7 +5,7 @@ Imports neither torch nor wandb, so that a bad configuration is answered at once
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -123,7 +123,8 @@ class ClaimConfig:
 class Criterion:
     """When one form of the claim holds: the estimate of every cell lies in [at_least, at_most].
 
-    `condition` is a query over the cells' columns; where it is given the form is claimed only there.
+    `condition` is a query over the cells' columns; where it is given the form is claimed only there. `given` has the further numbers that
+    decide, by name: thresholds that a cell is made with. They are printed with the criterion.
     """
 
     form: Literal["as_stated", "precise"]
@@ -132,6 +133,7 @@ class Criterion:
     at_least: Real | None = None
     at_most: Real | None = None
     condition: str | None = None
+    given: dict[str, Real] = field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Criterion":
@@ -179,7 +181,6 @@ class Grid:
     auxiliary_layers: Counts = UNSET  # hidden layers of an auxiliary classifier
     published_widths: list[Count] = UNSET  # units of the nets trained to a published accuracy; none where they are not trained
     published_epochs: Count = UNSET
-    locked_decades: Positive = UNSET  # from which on a chain counts as locked
     places: Depths = UNSET  # l of the layer that is the bottleneck
     bottleneck_ranks: Counts = UNSET  # of that layer
     code_widths: Counts = UNSET  # units of the code
@@ -265,7 +266,7 @@ def unknown_key(key: str) -> str:
 def known_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
     """Yield every key of the schema, dotted."""
     hints = get_type_hints(schema)
-    for field in fields(schema):
-        yield prefix + field.name
-        if is_dataclass(hints[field.name]):
-            yield from known_keys(cast(type, hints[field.name]), prefix + field.name + ".")
+    for entry in fields(schema):
+        yield prefix + entry.name
+        if is_dataclass(hints[entry.name]):
+            yield from known_keys(cast(type, hints[entry.name]), prefix + entry.name + ".")

@@ -78,33 +78,6 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> E
     return replace(difference, method=f"paired {difference.method}")
 
 
-def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Spearman's ρ, the correlation of ranks, with tanh(artanh ρ ± z √((1 + ρ²/2)/(n−3))) (Bonett & Wright 2000, equation 3).
-
-    Args:
-        x: n values, not all equal; ties share their mean rank, and an infinity is larger than every number.
-        y: n values of the same kind.
-        confidence: c, in (0, 1).
-
-    Returns: ρ. At ρ = ±1, where artanh diverges, the interval is that of the next ρ, one swap of neighbours away, and ρ; three pairs
-        bound nothing.
-
-    Raises: ValueError, if the lengths differ, all x or all y are equal, or a value is NaN.
-    """
-    _check(confidence)
-    x, y = _pair(x, y, _sample)
-    if (x == x[0]).all() or (y == y[0]).all():
-        raise ValueError("a correlation needs two different x and two different y")
-    value, n = _correlation(stats.rankdata(x), stats.rankdata(y)), x.size
-    method = f"Spearman, Bonett & Wright {confidence:.0%}"
-    if n <= 3:
-        return Estimate(value, -1.0, 1.0, n, method)
-    inner = np.clip(value, 12 / (n**3 - n) - 1, 1 - 12 / (n**3 - n))
-    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((1 + inner**2 / 2) / (n - 3))
-    lo, hi = np.tanh(np.arctanh(inner) + half * np.array([-1, 1]))
-    return Estimate(value, float(min(lo, value)), float(max(hi, value)), n, method)
-
-
 def jackknife(statistic: Callable[[np.ndarray], float], draws: ArrayLike, confidence: float = 0.95) -> Estimate:
     """A smooth statistic θ̂ of n draws with θ̂ ± t_{n−1,(1+c)/2} · √((n−1)/n Σ(θ̂₍ᵢ₎ − θ̄)²) (Tukey; Efron & Tibshirani 1993, equation 11.5).
 
@@ -186,14 +159,9 @@ def _finite(values: ArrayLike) -> Sample:
     return x
 
 
-def _pair(a: ArrayLike, b: ArrayLike, checked: Callable[[ArrayLike], Sample] = _finite) -> tuple[Sample, Sample]:
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Sample, Sample]:
     """Two samples of one length."""
-    a, b = checked(a), checked(b)
+    a, b = _finite(a), _finite(b)
     if a.size != b.size:
         raise ValueError(f"expected pairs, got {a.size} and {b.size} values")
     return a, b
-
-
-def _correlation(x: Sample, y: Sample) -> float:
-    dx, dy = x - x.mean(), y - y.mean()
-    return float(np.clip(dx @ dy / np.sqrt((dx @ dx) * (dy @ dy)), -1, 1))

@@ -82,7 +82,8 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
 
     Without a condition the form speaks of every cell: it holds when all are inside, is refuted by one outside.
     With a condition it speaks of the cells that meet it: it is refuted by one of them outside; when all are inside it
-    `holds_if` the condition provided a cell that does not meet it is outside, and holds when all others are inside too.
+    `holds_if` the condition provided a cell that does not meet it is outside, and holds when all others are inside too. How many of the
+    cells that fail the condition are outside is told: unless most are, the condition is sufficient and not more.
     Whatever is open, and a form without cells, is inconclusive. Cells with a column `published`, the value found elsewhere, are all
     told beside it, not only the one that decides.
 
@@ -126,7 +127,9 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
     told = "; ".join(_describe(row) for _, row in cells.iterrows()) if "published" in cells else f"{role}: {_describe(worst)}"
     evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {told}"
     if word == "holds_if":
-        evidence += f"; where the condition fails: {_describe(cells.loc[margin[outside].idxmin()])}"
+        lost, others = int(outside.sum()), int((~meets).sum())
+        reach = "" if 2 * lost > others else "the condition is sufficient, not necessary: "
+        evidence += f"; {reach}{lost} of {others} cells that fail it are outside: {_describe(cells.loc[margin[outside].idxmin()])}"
     return _verdict(claim, criterion, word, worst, evidence)
 
 
@@ -136,7 +139,7 @@ def _verdict(claim: str, criterion: Criterion, word: Word, worst: pd.Series | No
         claim=claim,
         form=criterion.form,
         statement=criterion.statement,
-        criterion=criterion.criterion,
+        criterion=_told(criterion),
         verdict=word,
         condition=criterion.condition,
         estimate=_finite(estimate),
@@ -144,6 +147,12 @@ def _verdict(claim: str, criterion: Criterion, word: Word, worst: pd.Series | No
         n=int(n),
         evidence=evidence,
     )
+
+
+def _told(criterion: Criterion) -> str:
+    """The criterion in words, with the further numbers that decide."""
+    given = ", ".join(f"{name} = {_short(value)}" for name, value in criterion.given.items())
+    return f"{criterion.criterion} [{given}]" if given else criterion.criterion
 
 
 def _describe(cell: pd.Series) -> str:

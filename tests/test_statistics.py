@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from src.statistics import Estimate, exactly, greatest, jackknife, least, paired_difference, slope, spearman, t_interval
+from src.statistics import Estimate, exactly, greatest, jackknife, least, paired_difference, slope, t_interval
 
 T4 = 2.7764451051977987  # 97.5% point of Student's t at 4 degrees of freedom, from tables
 SAMPLE = [1.0, 2.0, 4.0, 7.0, 11.0]
@@ -122,7 +122,7 @@ def test_paired_difference_changes_sign_with_its_arguments(a: np.ndarray, b: np.
     assert numbers(forth) == (-back.value, -back.hi, -back.lo)
 
 
-@pytest.mark.parametrize("compare", [paired_difference, slope, spearman])
+@pytest.mark.parametrize("compare", [paired_difference, slope])
 def test_pairs_have_one_length(compare) -> None:
     with pytest.raises(ValueError, match="got 3 and 2 values"):
         compare([1.0, 2.0, 3.0], [1.0, 2.0])
@@ -158,7 +158,6 @@ def test_a_number_that_no_draw_decides_is_exact() -> None:
         lambda x: slope(x, x),
         lambda x: slope(range(12), x),
         lambda x: paired_difference(range(12), x),
-        lambda x: spearman(range(12), x),
     ],
 )
 def test_nan_is_refused_and_counted(of) -> None:
@@ -183,63 +182,6 @@ def test_confidence_is_a_fraction(confidence: float) -> None:
         t_interval(SAMPLE, confidence)
 
 
-TIED = ([1.0, 2.0, 2.0, 5.0, 7.0, 7.0, 9.0, 4.0], [3.0, 1.0, 1.0, 4.0, 4.0, 9.0, 8.0, 2.0])
-
-
-def test_spearman_is_that_of_scipy_with_ties_shared() -> None:
-    assert spearman(*TIED).value == pytest.approx(stats.spearmanr(*TIED).statistic, rel=1e-12)
-    falling = spearman(TIED[0], [-y for y in TIED[1]])
-    assert falling.value == pytest.approx(-spearman(*TIED).value, rel=1e-12)
-    assert (falling.lo, falling.hi) == pytest.approx((-spearman(*TIED).hi, -spearman(*TIED).lo), rel=1e-12)
-
-
-def test_spearman_has_the_interval_of_bonett_and_wright() -> None:
-    """ρ = 1 − 6·8/(8·63) = 19/21 of these ranks; artanh ρ ± 1.959964 √((1 + ρ²/2)/5)."""
-    found, rho = spearman(range(8), [1, 0, 3, 2, 5, 4, 7, 6]), 19 / 21
-    half = 1.959963984540054 * math.sqrt((1 + rho**2 / 2) / 5)
-    expected = (rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
-    assert numbers(found) == pytest.approx(expected, rel=1e-12)
-    assert (found.n, found.method) == (8, "Spearman, Bonett & Wright 95%")
-
-
-@few
-@given(samples, samples)
-def test_spearman_sees_only_the_order(x: np.ndarray, y: np.ndarray) -> None:
-    if np.ptp(x) > 0 and np.ptp(y) > 0:
-        assert numbers(spearman(stats.rankdata(x) ** 3, y)) == numbers(spearman(x, y))
-        assert spearman(y, x).value == pytest.approx(spearman(x, y).value, abs=1e-12)
-
-
-def test_an_infinity_is_the_largest_of_all_and_ties_with_its_like() -> None:
-    y = [0.1, 0.5, 0.2, 0.9, 0.3]
-    assert spearman([1.0, math.inf, 2.0, math.inf, -math.inf], y) == spearman([1.0, 8.0, 2.0, 8.0, -7.0], y)
-
-
-def test_perfect_order_of_few_is_not_certain() -> None:
-    five = spearman(range(5), range(5))
-    assert (five.value, five.hi) == (1.0, 1.0)
-    assert five.lo == pytest.approx(spearman(range(5), [1, 0, 2, 3, 4]).lo, rel=1e-12)
-    assert numbers(spearman(range(3), range(3))) == (1.0, -1.0, 1.0)
-    assert spearman(range(200), range(200)).lo > 0.999
-
-
-def test_spearman_covers_what_it_says() -> None:
-    """Normal pairs of correlation r have ρ = (6/π) arcsin(r/2)."""
-    rng, r = np.random.default_rng(7), 0.6
-    truth, covered = 6 / math.pi * math.asin(r / 2), []
-    for _ in range(1500):
-        x, noise = rng.normal(size=(2, 40))
-        found = spearman(x, r * x + math.sqrt(1 - r**2) * noise)
-        covered.append(found.lo <= truth <= found.hi)
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
-
-
-def test_equal_values_have_no_order() -> None:
-    for x, y in ((range(3), [1, 1, 1]), ([math.inf] * 3, range(3))):
-        with pytest.raises(ValueError, match="two different"):
-            spearman(x, y)
-
-
 def test_the_jackknife_of_a_mean_is_the_t_interval() -> None:
     assert numbers(jackknife(np.mean, SAMPLE)) == pytest.approx(numbers(t_interval(SAMPLE)), rel=1e-12)
 
@@ -250,7 +192,7 @@ def test_the_jackknife_agrees_with_the_bootstrap_on_a_difference_of_correlations
     draws = np.column_stack([common + 0.5 * a, common + 2 * b, common + noise])
 
     def difference(rows: np.ndarray) -> float:
-        return spearman(rows[:, 0], rows[:, 2]).value - spearman(rows[:, 1], rows[:, 2]).value
+        return stats.spearmanr(rows[:, 0], rows[:, 2]).statistic - stats.spearmanr(rows[:, 1], rows[:, 2]).statistic
 
     found = jackknife(difference, draws)
     bootstrap = np.std([difference(draws[rng.integers(150, size=150)]) for _ in range(400)])
@@ -263,7 +205,7 @@ def test_the_jackknife_covers_a_difference_of_correlations() -> None:
     rng, covered = np.random.default_rng(9), []
 
     def difference(rows: np.ndarray) -> float:
-        return spearman(rows[:, 0], rows[:, 2]).value - spearman(rows[:, 1], rows[:, 2]).value
+        return stats.spearmanr(rows[:, 0], rows[:, 2]).statistic - stats.spearmanr(rows[:, 1], rows[:, 2]).statistic
 
     for _ in range(100):
         common, a, b = rng.normal(size=(3, 25))

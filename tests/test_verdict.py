@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 
 import numpy as np
@@ -105,8 +105,24 @@ def test_holds_if_shows_both_sides():
         estimate=0.375,
         interval=(0.25, 0.5),
         n=5,
-        evidence="2 of 2 cells inside; worst: chi=0.9: 0.375 [0.25, 0.5], n=5; where the condition fails: chi=1.2: -8.5 [-9, -8], n=5",
+        evidence="2 of 2 cells inside; worst: chi=0.9: 0.375 [0.25, 0.5], n=5; "
+        "2 of 2 cells that fail it are outside: chi=1.2: -8.5 [-9, -8], n=5",
     )
+
+
+@pytest.mark.parametrize(("outside", "sufficient"), [(1, True), (2, True), (3, False), (4, False)])
+def test_a_condition_is_called_sufficient_unless_most_of_the_others_are_outside(outside, sufficient):
+    others = [(-3, -2)] * outside + [(1, 2)] * (4 - outside)
+    verdict = decide("claim/form", criterion(condition="chi < 1"), cells((1, 2), *others, chi=[0.5, 2.0, 2.0, 2.0, 2.0]))
+    assert verdict.verdict == "holds_if"
+    assert f"{outside} of 4 cells that fail it are outside: chi=2" in verdict.evidence
+    assert ("sufficient, not necessary" in verdict.evidence) == sufficient
+
+
+def test_the_numbers_that_a_cell_is_made_with_are_printed():
+    named = replace(criterion(), given={"noticed": 0.05, "decades": 1.0})
+    assert decide("claim/form", named, cells((1, 2))).criterion == "0 ≤ x [noticed = 0.05, decades = 1]"
+    assert decide("claim/form", criterion(), cells((1, 2))).criterion == "0 ≤ x"
 
 
 def test_a_refutation_shows_the_worst_counterexample():

@@ -62,6 +62,15 @@ def by_kind(rows: pd.DataFrame) -> np.ndarray:
     return np.where(rows["kind"] == "plain", -1, 1) * rising(rows)
 
 
+def by_width(rows: pd.DataFrame) -> np.ndarray:
+    """Rising with the width, and within one in an order of its own."""
+    return 100.0 * rows["width"].to_numpy() + np.tile([1.0, 3.0, 0.0, 2.0], len(rows))[: len(rows)]
+
+
+def against_width(rows: pd.DataFrame) -> np.ndarray:
+    return -by_width(rows)
+
+
 BOTH = (rising, falling)
 ALL = [trained(), *(read(reading, rising) for reading in claim.READINGS)]
 LATER = [read("attenuation", rising), read("gradient_ratio", rising), read("chi", rising)]
@@ -75,6 +84,17 @@ CASES = [
     ("rank_predicts", [trained(), put("rank", 10.0)], "refuted"),
     *((f"{reading}_predicts_nothing", [trained(), put(claim.READINGS[reading][0], 1.0)], "holds") for reading in claim.STATED),
     *((f"{reading}_predicts_nothing", [trained(order), read(reading, rising)], "refuted") for reading in claim.STATED for order in BOTH),
+    ("width_predicts", [put("accuracy", lambda rows: rows["width"] + rising(rows) / 100, of="batch")], "holds"),
+    ("width_predicts", [put("accuracy", lambda rows: -rows["width"] + rising(rows) / 100, of="batch")], "refuted"),
+    *((f"{reading}_given_width", [trained(), read(reading, rising)], "holds") for reading in claim.GIVEN_WIDTH),
+    *((f"{reading}_given_width", [trained(falling), read(reading, rising)], "refuted") for reading in claim.GIVEN_WIDTH),
+    # a reading that is the width in disguise says nothing beyond it
+    ("rank_given_width", [trained(by_width), put("rank", lambda rows: rows["width"])], "refuted"),
+    ("rank_predicts", [trained(by_width), put("rank", lambda rows: rows["width"])], "holds"),
+    ("better_than_width", [trained(by_width), *(read(entry, falling) for entry in claim.ENTRIES)], "refuted"),
+    ("better_than_width", [trained(against_width), *(read(entry, against_width) for entry in claim.ENTRIES)], "holds"),
+    ("combination_given_width", ALL, "holds"),
+    ("combination_given_width", [*ALL, trained(by_kind)], "refuted"),
     ("better_than_depth", [*ALL, read("path_depth", falling)], "holds"),
     ("better_than_depth", [*ALL, read("skip_depth", falling)], "refuted"),
     ("gradient_better", [trained(), *LATER[1:], read("attenuation", falling)], "holds"),
@@ -102,7 +122,7 @@ def network(lab: Context, **changes: object) -> torch.nn.Sequential:
     return lab.network(model, 0).double()
 
 
-@pytest.mark.parametrize(("scale", "size"), [("smoke", 3 * 14), ("quick", 3 * 48), ("paper", 4 * 100)])
+@pytest.mark.parametrize(("scale", "size"), [("smoke", 3 * 20), ("quick", 3 * 48), ("paper", 4 * 100)])
 def test_the_zoo_is_drawn_from_all_combinations_and_varies_every_axis_in_every_family(scale: str, size: int) -> None:
     asked = config(NAME, f"scale={scale}")
     models, grid = claim.zoo(asked), asked.grid
@@ -254,8 +274,12 @@ def test_a_reading_that_is_the_same_for_all_predicts_nothing() -> None:
 
 
 def test_what_an_interval_says() -> None:
-    said = [claim.told(Estimate(0.1, lo, hi, 9, "")) for lo, hi in ((0.01, 0.2), (-0.1, 0.3), (-0.3, -0.1), (0.0, 0.0))]
-    assert said == ["predicts", "predicts nothing", "predicts the reverse", "predicts nothing"]
+    intervals = ((0.3, 0.9), (-0.1, 0.3), (-0.9, -0.3), (0.0, 0.0), (0.01, 0.2), (0.01, 0.4), (-0.4, 0.1), (-0.9, 0.9))
+    said = [claim.told(Estimate(0.1, lo, hi, 9, ""), 0.3) for lo, hi in intervals]
+    assert said == ["predicts", "predicts nothing", "predicts the reverse", *["predicts nothing"] * 2, *["undecided"] * 3]
+    criteria = config(NAME).criteria.items()
+    assert {form.at_least for name, form in criteria if name.endswith(("_predicts", "_given_width"))} == {0.3}
+    assert {(form.at_least, form.at_most) for name, form in criteria if name.endswith("nothing")} == {(-0.3, 0.3)}
     evidence = verdicts(NAME, after(small_rows(NAME), [trained(), put("rank", 10.0)]))["rank_predicts"].evidence
     assert "told=predicts nothing" in evidence
 

@@ -14,7 +14,7 @@ from src import mean_field
 from src.config import ModelConfig
 from src.diversity import dissimilarity
 from src.experiment import Context
-from tests.experiments.measured import Change, context, put, small_rows, verdicts
+from tests.experiments.measured import Change, after, context, put, small_rows, verdicts
 
 NAME = "forward_backward"
 SMALL = (
@@ -43,13 +43,20 @@ def remedied(remedy: str, forward: float, backward: float, **where: object) -> l
     return [*lock(3.0, 3.0, part="remedy"), *lock(forward, backward, part="remedy", remedy=remedy, **where)]
 
 
-def at_rates(forward: float, backward: float) -> list[Change]:
-    """Profiles of the chain locked both ways, in nats a layer."""
-    both = {"part": "chain", "chain": "both"}
-    return [
-        put("dissimilarity", lambda nets: np.exp(forward * nets["layer"]), **both),
-        put("error_signal", lambda nets: backward * (nets["depth"] - nets["layer"]) / 2, **both),
-    ]
+def at_rates(forward: float, backward: float, **where: object) -> list[Change]:
+    """Rates of random plain chains, in nats a layer."""
+    return [put("forward_rate", forward, **where), put("backward_rate", backward, **where)]
+
+
+def diverging(remedy: str, **where: object) -> Change:
+    """One of the trainings with a remedy diverges."""
+    return put("diverged", 1.0, remedy=remedy, net_seed=0, **where)
+
+
+def learned(remedy: str, plain: float, treated: float) -> list[Change]:
+    """Accuracies of chains locked backwards, and of those that are not, on which nothing is gained."""
+    accuracies = [put("test_accuracy", value, remedy=name) for name, value in (("plain", plain), (remedy, treated))]
+    return [*WELL, *accuracies, put("test_accuracy", plain, patient=RELU["patient"])]
 
 
 def told(measure: str, locked: float, unlocked: float) -> list[Change]:
@@ -58,9 +65,11 @@ def told(measure: str, locked: float, unlocked: float) -> list[Change]:
     return [put(measure, locked if way in ways else unlocked, part="chain", chain=chain) for chain, ways in claim.LOCKED.items()]
 
 
-LATER, TANH = {"when": "trained"}, {"patient": "tanh, σw²=1"}
+LATER, TANH, RELU = {"when": "trained"}, {"patient": "tanh, σw²=1"}, {"patient": "ReLU, σw²=2"}
 APART = [*chain("forwards", 2.0, 0.1), *chain("backwards", 0.1, 2.0)]
 UNLOCKED = lock(0.0, 0.0, part="remedy")
+# every chain locked but one patient's; that patient's with every remedy locked as in `remedied`, by three decades
+WELL = [*lock(3.0, 3.0, part="remedy"), *lock(0.0, 0.0, part="remedy", remedy="plain", **RELU)]
 
 # criterion, what is changed in the measured rows, verdict
 CASES = [
@@ -74,9 +83,9 @@ CASES = [
     ("neither", chain("neither", 0.1, 0.1), "holds"),
     ("neither", chain("neither", 1.1, 0.1), "refuted"),
     ("one_rate", at_rates(-0.2, -0.2), "holds"),
-    ("one_rate", at_rates(-0.2, -0.22), "holds"),
-    ("one_rate", at_rates(-0.1, -0.2), "refuted"),
-    ("one_rate", at_rates(-0.2, 0.2), "refuted"),
+    ("one_rate", [*at_rates(-0.2, -0.22), *at_rates(-0.02, -0.2, activation="relu")], "holds_if"),
+    ("one_rate", at_rates(-0.1, -0.2, activation="tanh"), "refuted"),
+    ("one_rate", at_rates(-0.2, 0.2, activation="tanh"), "refuted"),
     *((f"{measure}_tells", told(measure, 3.0, 6.1), "holds") for measure in ("participation", "state_rank", "signal_rank")),
     *((f"{measure}_tells", told(measure, 3.0, 5.9), "refuted") for measure in ("participation", "state_rank", "signal_rank")),
     ("participation_tells", [*told("participation", 3.0, 7.0), put("participation", 3.0, chain="neither", layer=7)], "refuted"),
@@ -88,6 +97,9 @@ CASES = [
     ("skips_help_backward", remedied("skip", 0.0, 3.5, **LATER, **TANH), "refuted"),
     ("skips_help_backward", remedied("skip", 0.0, -3.5, **LATER, **TANH), "refuted"),
     ("skips_help_backward", UNLOCKED, "inconclusive"),
+    ("skips_help_backward", [*remedied("skip", 3.0, 1.0), diverging("skip", **TANH)], "refuted"),
+    ("skips_help_backward", [*remedied("skip", 3.0, 1.0), diverging("plain", **TANH)], "holds"),
+    ("skips_help_backward", [*remedied("skip", 3.0, 1.0), *WELL[2:], diverging("skip", **RELU)], "holds_if"),
     ("skips_help_forward", remedied("skip", 1.0, 5.0), "holds"),
     ("skips_help_forward", remedied("skip", 3.5, 0.0, **LATER, **TANH), "refuted"),
     ("normalisation_helps_both", remedied("batch", 1.0, 1.0), "holds"),
@@ -97,11 +109,17 @@ CASES = [
     ("layer_normalisation_helps_both", remedied("layer", 3.5, 1.0, **TANH), "refuted"),
     ("exits_help_backward", remedied("exits", 3.0, 1.0), "holds"),
     ("exits_help_backward", remedied("exits", 3.0, 3.5, **LATER), "refuted"),
+    ("exits_leave_forward", [*WELL, *lock(2.0, 1.0, remedy="exits", **RELU)], "holds"),
     ("exits_leave_forward", remedied("exits", 3.0, 1.0), "holds"),
     ("exits_leave_forward", remedied("exits", 3.5, 1.0), "holds"),
     ("exits_leave_forward", remedied("exits", 2.5, 1.0, **LATER, **TANH), "refuted"),
+    ("exits_leave_forward_untrained", [*remedied("exits", 3.0, 1.0), *lock(1.0, 1.0, remedy="exits", **LATER)], "holds_if"),
+    ("exits_leave_forward_untrained", remedied("exits", 2.5, 1.0, when="initial", **TANH), "refuted"),
     ("exits_open_the_chain", [*remedied("exits", 3.0, 1.0), put("main_lock", 1.0)], "holds"),
     ("exits_open_the_chain", [*remedied("exits", 3.0, 1.0), put("main_lock", 3.5)], "refuted"),
+    ("exits_open_the_chain", [*remedied("exits", 3.0, 1.0), put("main_lock", 1.0), diverging("exits", **TANH)], "refuted"),
+    *((form, learned(remedy, 0.2, 0.3), "holds_if") for form, remedy in claim.LEARNING.items()),
+    *((form, learned(remedy, 0.2, 0.22), "refuted") for form, remedy in claim.LEARNING.items()),
     ("unneeded", [*UNLOCKED, *(put("backward_lock", -2.0, part="remedy", remedy=remedy) for remedy in ("skip", "batch"))], "holds"),
     ("unneeded", [*UNLOCKED, put("backward_lock", 0.9, part="remedy", remedy="plain")], "refuted"),
     ("schedule", [], "holds_if"),
@@ -244,8 +262,8 @@ def test_states_of_relu_chains_draw_together_while_the_gradient_is_kept() -> Non
 def mean_rates(activation: str, weight_var: float, bias_var: float) -> pd.Series:
     lab = context(NAME, "grid.samples=8", "model.depth=64", "model.width=256")
     random = model(lab, family="mlp", activation=activation, weight_var=weight_var, bias_var=bias_var)
-    rows = [row for seed in range(3) for row in claim._both_ways(lab, lab.network(random, seed), {"net_seed": seed, "depth": random.depth})]
-    return claim.rates(pd.DataFrame(rows)).mean()
+    found = [claim.rates(claim.passing(lab, lab.network(random, seed))) for seed in range(3)]
+    return pd.DataFrame(found, columns=["forward", "backward"]).mean()
 
 
 @pytest.mark.parametrize("weight_var", [1.0, 1.3])
@@ -317,11 +335,32 @@ def test_chains_compared_have_equal_depth_and_parameters(lab: Context) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, dense(remedy), strict=True))
 
 
-def test_a_chain_that_always_diverges_has_no_gain() -> None:
-    rows = small_rows(NAME)
-    lost = (rows["when"] == "trained") & (rows["remedy"] == "plain")
-    found = claim.remedy_gains(rows[~lost])
-    assert set(found["when"]) == {"initial"}
-    assert len(verdicts(NAME, rows[~lost])) == len(verdicts(NAME, rows))
-    one = lost & (rows["net_seed"] == 0)
-    assert set(claim.remedy_gains(rows[~one]).query("when == 'trained'")["net_seed"]) == {1}
+def test_a_training_that_diverges_gains_minus_infinity_and_is_counted() -> None:
+    rows = after(small_rows(NAME), [*remedied("skip", 1.0, 1.0), diverging("skip", **TANH)])
+    lost = (rows["when"] == "trained") & (rows["remedy"] == "skip") & (rows["patient"] == TANH["patient"]) & (rows["net_seed"] == 0)
+    for rest in (rows, rows[~(lost & rows["quantity"].isin(claim.LOCKS))]):
+        gains = claim.remedy_gains(rest).query("remedy == 'skip' and when == 'trained' and patient == @TANH['patient']")
+        assert gains.set_index(["way", "net_seed"])["value"].get(("forward", 0)) == -math.inf
+        cells = claim.gain_cells(rest, claim.remedy_gains(rest)).query("diverged == 1")
+        assert cells[["way", "when", "remedy"]].values.tolist() == [[way, "trained", "skip"] for way in ("backward", "forward")]
+        found = verdicts(NAME, rest)["skips_help_backward"]
+        assert (found.verdict, found.estimate, found.n) == ("refuted", None, 2)
+        assert "diverged=1: -inf" in found.evidence
+
+
+def test_a_plain_chain_that_diverges_has_every_remedy_gain_infinitely_unless_that_diverges_too() -> None:
+    rows = after(small_rows(NAME), [diverging("plain", **TANH), diverging("layer", **TANH)])
+    gains = claim.remedy_gains(rows).query("when == 'trained' and patient == @TANH['patient'] and net_seed == 0")
+    assert gains.groupby("remedy")["value"].unique().map(list).to_dict() == {
+        "skip": [math.inf],
+        "batch": [math.inf],
+        "layer": [-math.inf],
+        "exits": [math.inf],
+    }
+
+
+def test_who_is_ill_is_settled_at_initialisation() -> None:
+    rows = after(small_rows(NAME), [*lock(3.0, 3.0, part="remedy"), *lock(0.0, 0.0, part="remedy", **LATER)])
+    cells = claim.gain_cells(rows, claim.remedy_gains(rows))
+    assert set(cells["plain_lock"]) == {3.0}
+    assert set(cells["when"]) == {"initial", "trained"}

@@ -74,15 +74,24 @@ CASES = [
     ("rank_reached", [put("signal_rank", 3.0, layer=2, code=4, net_seed=1, when="untrained", init="gaussian", **TANH)], "refuted"),
     ("rank_reached", [put("signal_rank", 10.0, layer=2, code=12, activation="linear", when="untrained")], "refuted"),
     ("energy_orthogonal", [put("energy_kept", share, init="orthogonal")], "holds"),
+    ("energy_orthogonal", [put("energy_kept", share, init="orthogonal"), put("energy_kept", 1.0, init="orthogonal", **TANH)], "holds_if"),
     ("energy_orthogonal", [put("energy_kept", 1.0, init="orthogonal")], "refuted"),
+    (
+        "energy_orthogonal",
+        [put("energy_kept", share, init="orthogonal"), put("energy_kept", 1.2 / 4, init="orthogonal", code=4)],
+        "refuted",
+    ),
     ("energy_gaussian", [put("energy_kept", 0.3, init="gaussian", when="untrained")], "holds"),
     ("energy_gaussian", [put("energy_kept", share, init="gaussian", when="untrained")], "refuted"),
     ("wide_code", [*ALL_PASS, accuracies(0.5, 0.9, part="code")], "holds_if"),
     ("wide_code", ALL_PASS, "holds"),
     ("wide_code", [*ALL_PASS, put("test_accuracy", 0.8, part="code", code=12, **TANH)], "refuted"),
-    ("filter_alone", [*ALL_PASS, accuracies(0.5, 0.9, part="filter")], "holds_if"),
+    ("filter_alone", [*ALL_PASS, accuracies(0.5, 0.9, part="filter")], "refuted"),
     ("filter_alone", ALL_PASS, "holds"),
-    ("filter_alone", [*ALL_PASS, put("test_accuracy", 0.8, part="filter", code=12, **TANH)], "refuted"),
+    ("filter_alone", [*ALL_PASS, put("test_accuracy", 0.1, part="filter", code=0)], "holds"),
+    ("filter_of_the_cap", [*ALL_PASS, accuracies(0.5, 0.9, part="filter")], "holds_if"),
+    ("filter_of_the_cap", [*ALL_PASS, put("test_accuracy", 0.1, part="filter", code=0)], "holds"),
+    ("filter_of_the_cap", [*ALL_PASS, put("test_accuracy", 0.8, part="filter", code=12, **TANH)], "refuted"),
 ]
 
 
@@ -224,7 +233,7 @@ def test_what_is_predicted_of_random_codes_is_found_in_linear_nets() -> None:
     )
     for init in claim.PREDICTED:
         found = claim._against_prediction(rows, init).iloc[0]
-        assert abs(found["estimate"] - 1) < 0.1 + 3 / 2 * (found["hi"] - found["estimate"]), init
+        assert abs(np.log(found["estimate"])) < 0.1 + 3 / 2 * np.log(found["hi"] / found["estimate"]), init
 
 
 def test_live_units_have_images_of_their_own(lab: Context) -> None:
@@ -302,14 +311,14 @@ def test_exponents_are_paired_by_seed_and_leave_out_codes_that_died() -> None:
 
 
 def test_energies_are_ratios_of_means_over_seeds() -> None:
-    """(1 + 5)/(2 + 2) over 4/16: 6, and without either seed 2 or 10, so that its standard error is 4."""
+    """(1 + 5)/(2 + 2) over 4/16: 6, and without either seed 2 or 10, so that the standard error of the logarithm is ln(10/2)/2."""
     rows = after(
         small_rows(NAME),
         [put("energy_kept", 2.0, code=16), *(put("energy_kept", 1.0 + 4 * seed, code=4, net_seed=seed) for seed in (0, 1))],
     )
     found = claim._against_prediction(rows, "orthogonal").query("activation == 'tanh' and code == 4").iloc[0]
     assert found["estimate"] == pytest.approx(6)
-    assert found["hi"] == pytest.approx(6 + 12.706 * 4, rel=1e-4)
+    assert np.log(found["hi"] / 6) == pytest.approx(12.706 * np.log(5) / 2, rel=1e-4)
 
 
 def test_accuracies_are_lost_against_the_wide_code_of_the_same_seed() -> None:
@@ -320,12 +329,12 @@ def test_accuracies_are_lost_against_the_wide_code_of_the_same_seed() -> None:
     lost = claim._lost(rows)
     np.testing.assert_allclose(lost["code"], np.tile([0.15, 0.12, 0.04], (6, 1)))
     np.testing.assert_allclose(lost["filter"], np.tile([0.36, 0.35, 0.32, 0.24], (6, 1)))
-    explained = claim._explained(lost, 9)
+    explained = claim._explained(lost, 9, share=0.5, noticed=0.05)
     assert explained["code"].unique().tolist() == [1, 4]
     np.testing.assert_allclose(explained["estimate"], np.tile([0.35 - 0.075, 0.32 - 0.06], 3))
 
 
 def test_a_code_that_costs_nothing_leaves_nothing_to_explain() -> None:
     rows = after(small_rows(NAME), [*ALL_PASS, put("test_accuracy", 0.5, part="code", code=1, **TANH)])
-    cells = claim._explained(claim._lost(rows), 9)
+    cells = claim._explained(claim._lost(rows), 9, share=0.5, noticed=0.05)
     assert cells[["activation", "code"]].to_numpy().tolist() == [["tanh", 1]]

@@ -17,13 +17,15 @@ NAME = "certificate"
 def test_the_table_has_the_correlation_of_every_reading(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
     table, nets = figure_module.table(rows), networks(rows)
-    assert len(table) - 2 == len(READINGS) == len(figure_module.NAMES)
+    assert len(table) - 2 == len(READINGS) + 1 == len(figure_module.NAMES)
     assert (table["in K_back"] == "yes").sum() == len(ENTRIES) + 1 == 5
     line = table[table["reading"] == "|ln ‖g_1‖/‖g_L‖|"].iloc[0]
     rho = association(nets["gradient_ratio"], nets["accuracy"])
     assert (line["ρ"], line["low"], line["high"], line["architectures"]) == (rho.value, rho.lo, rho.hi, len(nets))
     plain = nets[nets["kind"] == "plain"]
-    assert line["says"] == told(rho)
+    assert line["says"] == told(rho, figure_module.LEVEL)
+    given = association(nets["gradient_ratio"], nets["accuracy"], nets["width"])
+    assert (line["ρ, given width"], line["given width, low"], line["given width, high"]) == (given.value, given.lo, given.hi)
     assert line["ρ, plain"] == association(plain["gradient_ratio"], plain["accuracy"]).value
     assert np.isfinite(table.select_dtypes("number")).all(axis=None)
 
@@ -59,7 +61,7 @@ def test_every_title_carries_the_correlation_of_its_panel(tmp_path: Path) -> Non
     axes = draw(NAME, rows).axes
     for axis, reading in zip(axes, figure_module.SHOWN, strict=False):
         rho = lines.loc[figure_module.NAMES[reading], "ρ"]
-        assert f"ρ = {rho:.2f} [" in axis.get_title(loc="left")
+        assert f"ρ = {rho:.2f}" in axis.get_title(loc="left")
 
 
 @pytest.mark.parametrize("reading", figure_module.SHOWN)

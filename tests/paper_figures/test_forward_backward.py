@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.forward_backward import LOCKS, PATIENTS
+from experiments.forward_backward import PATIENTS
 from paper_figures import forward_backward as figure_module
 from src.rows import pick
 from src.statistics import paired_difference, t_interval
+from tests.experiments.measured import put
 from tests.paper_figures.drawn import check_panels, draw, read
 
 NAME = "forward_backward"
@@ -45,13 +46,13 @@ def test_the_table_has_accuracies_and_counts_what_diverged(tmp_path: Path) -> No
     assert table.loc[(PATIENT, "test accuracy"), "LayerNorm"] == pytest.approx(accuracy)
 
 
-def test_trainings_that_diverged_leave_a_gap(tmp_path: Path) -> None:
+def test_a_training_that_diverged_stands_at_the_edge(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
-    for lost, pairs in (("skip", 1), ("plain", len(NAMES))):
-        gone = (rows["when"] == "trained") & (rows["remedy"] == lost) & rows["quantity"].isin(LOCKS)
-        table = figure_module.table(rows[~gone]).set_index(["when", "of"])
-        assert np.isnan(table.loc[("trained", "forwards (decades)"), "skip"]).all()
-        figure = draw(NAME, rows[~gone])
+    for lost, pairs, gain in (("skip", 1, -np.inf), ("plain", len(NAMES), np.inf)):
+        changed = put("diverged", 1.0, remedy=lost)(rows)
+        table = figure_module.table(changed).set_index(["when", "of"])
+        assert (table.loc[("trained", "forwards (decades)"), "skip"] == gain).all()
+        figure = draw(NAME, changed)
         check_panels(figure)
-        crosses = [line for axis in figure.axes[4:] for line in axis.get_lines() if line.get_marker() == "x"]
-        assert len(crosses) == 2 * len(PATIENTS) * pairs
+        marks = [line.get_marker() for axis in figure.axes[4:] for line in axis.get_lines()]
+        assert marks.count(rf"${'-' if gain < 0 else '+'}\infty$") == 2 * len(PATIENTS) * pairs

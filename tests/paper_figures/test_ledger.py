@@ -1,9 +1,11 @@
 """The ledger: the newest run on each data set, the committed verdicts where there is none, and what is not measured."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from paper_figures.ledger import ledger, to_table
 from src.errors import UserError
@@ -29,6 +31,10 @@ def test_every_form_of_every_claim_has_a_line_measured_or_not(results: Path, tmp
     assert set(measured["command"]) == {f"python -m src.run experiment={NAME} data=digits scale=smoke seed=0"}
     assert set(lines.drop(measured.index)["verdict"]) == {"not measured"}
     assert to_table(lines).row_count == len(lines)
+    out = StringIO()
+    Console(file=out, width=4000).print(to_table(lines))
+    assert all(verdict.evidence in out.getvalue() for verdict in expected)
+    assert out.getvalue().count(measured["command"].iloc[0]) == len(measured)
 
 
 def test_a_run_on_another_data_set_has_lines_of_its_own_and_a_newer_one_replaces(results: Path, tmp_path: Path) -> None:
