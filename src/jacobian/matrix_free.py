@@ -106,7 +106,12 @@ def extremes(
             torch.maximum(above.norm if certain else found.upper(RISK), found.value),
             "enclosed" if certain else "estimated",
         ),
-        smallest=Known(torch.where(deficient, 0, unknown), nothing, torch.where(deficient, 0, found.smallest), "enclosed"),
+        smallest=Known(
+            torch.where(deficient, 0, unknown),
+            nothing,
+            torch.where(deficient, 0, found.smallest),
+            "enclosed" if deficient.all() else "estimated",
+        ),
         active=Known(unknown, nothing, found.value, "enclosed"),
         rank=Known(above.rank, (found.value > 0).long(), above.rank, "enclosed"),
         full=full,
