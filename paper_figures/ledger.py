@@ -24,6 +24,7 @@ COLUMNS = [
     "hi",
     "n",
     "evidence",
+    "amended",
     "data",
     "scale",
     "seed",
@@ -70,6 +71,7 @@ def _measured(rows: Path, verdicts: Path) -> list[dict[str, object]]:
                 column: getattr(entry, column)
                 for column in ("claim", "form", "statement", "verdict", "condition", "estimate", "n", "evidence")
             },
+            "amended": "; ".join(entry.amended),
             "lo": entry.interval[0],
             "hi": entry.interval[1],
             "command": command,
@@ -94,7 +96,8 @@ def to_table(lines: pd.DataFrame) -> Table:
         table.add_column(heading, overflow="fold")
     for line in lines.astype(object).where(lines.notna(), "").itertuples():
         word = f"[{COLOURS.get(line.verdict, 'default')}]{escape(phrase(line.verdict, line.condition))}[/]"
-        shown = "\n".join(f"[dim]{escape(text)}[/]" for text in (line.evidence, line.command) if text)
+        amended = f"amended: {line.amended}" if line.amended else ""
+        shown = "\n".join(f"[dim]{escape(text)}[/]" for text in (line.evidence, amended, line.command) if text)
         table.add_row(line.claim, line.form.replace("_", " "), word, line.data, line.scale, f"{escape(line.statement)}\n{shown}")
     return table
 

@@ -123,8 +123,10 @@ class ClaimConfig:
 class Criterion:
     """When one form of the claim holds: the estimate of every cell lies in [at_least, at_most].
 
-    `condition` is a query over the cells' columns; where it is given the form is claimed only there. `given` has the further numbers that
-    decide, by name: thresholds that a cell is made with. They are printed with the criterion.
+    `within` is a query over the cells' columns: the cells that the form speaks of at all. `condition` is another: where it is given the
+    form is claimed only where it is met, and with `otherwise: outside` to be wrong wherever else. `given` has the further numbers that
+    decide, by name: thresholds that a cell is made with. They are printed with the criterion. `amended` tells what was changed of a
+    criterion after its first data: when, from what, with which verdict then, and why.
     """
 
     form: Literal["as_stated", "precise"]
@@ -134,6 +136,9 @@ class Criterion:
     at_most: Real | None = None
     condition: str | None = None
     given: dict[str, Real] = field(default_factory=dict)
+    within: str | None = None
+    otherwise: Literal["outside"] | None = None
+    amended: list[str] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Criterion":
@@ -141,6 +146,8 @@ class Criterion:
             raise ValueError("needs at_least, at_most or both")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
             raise ValueError(f"at_least {self.at_least} exceeds at_most {self.at_most}")
+        if self.otherwise and self.condition is None:
+            raise ValueError("otherwise needs a condition")
         return self
 
 

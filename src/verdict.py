@@ -4,6 +4,7 @@ A claim is tried in *cells*, one per condition: an estimate with its interval. A
 [at_least, at_most] when its whole interval is, outside when its whole interval is, and open when the interval straddles a limit.
 """
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from src.config import Criterion
-from src.statistics import Estimate
+from src.statistics import Estimate, widening
 
 Word = Literal["holds", "holds_if", "refuted", "inconclusive"]
-INTERVAL = ["estimate", "lo", "hi", "n"]
+INTERVAL = ["estimate", "lo", "hi", "n", "freedom"]
 COLOURS = {"holds": "green", "holds_if": "cyan", "refuted": "red", "inconclusive": "yellow"}
 
 
@@ -35,6 +36,7 @@ class Verdict:
     interval: tuple[float | None, float | None]
     n: int
     evidence: str
+    amended: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Verdict":
@@ -42,12 +44,13 @@ class Verdict:
 
         Raises: TypeError or KeyError, if it is none.
         """
-        return cls(**{**entry, "interval": tuple(entry["interval"])})
+        return cls(**{**entry, "interval": tuple(entry["interval"]), "amended": tuple(entry.get("amended", ()))})
 
 
 def cell(estimate: Estimate, **condition: object) -> dict[str, object]:
-    """One cell: the condition's columns, then estimate, lo, hi, n."""
-    return {**condition, "estimate": estimate.value, "lo": estimate.lo, "hi": estimate.hi, "n": estimate.n}
+    """One cell: the condition's columns, then estimate, lo, hi, n and freedom."""
+    interval = (estimate.value, estimate.lo, estimate.hi, estimate.n, estimate.freedom)
+    return {**condition, **dict(zip(INTERVAL, interval, strict=True))}
 
 
 def cells_by(rows: pd.DataFrame, keys: Sequence[str], estimate: Callable[[pd.Series], Estimate]) -> pd.DataFrame:
@@ -58,7 +61,7 @@ def cells_by(rows: pd.DataFrame, keys: Sequence[str], estimate: Callable[[pd.Ser
         keys: what the cells differ in.
         estimate: of the values of a group.
 
-    Returns: columns `keys`, then estimate, lo, hi, n; no row where there is no group.
+    Returns: columns `keys`, then estimate, lo, hi, n, freedom; no row where there is no group.
     """
     groups = rows.groupby(list(keys))["value"]
     return pd.DataFrame(
@@ -82,59 +85,113 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
 
     Without a condition the form speaks of every cell: it holds when all are inside, is refuted by one outside.
     With a condition it speaks of the cells that meet it: it is refuted by one of them outside; when all are inside it
-    `holds_if` the condition provided a cell that does not meet it is outside, and holds when all others are inside too. How many of the
-    cells that fail the condition are outside is told: unless most are, the condition is sufficient and not more.
+    `holds_if` the condition provided that for each part of it, a and b and …, a cell that fails this part alone is outside, and holds
+    when all others are inside too. How many of the cells that fail the condition are outside is told: unless most are, the condition is
+    sufficient and not more. With `otherwise` it must not be more: all cells that fail it are to be outside, and one inside refutes.
     Whatever is open, and a form without cells, is inconclusive. Cells with a column `published`, the value found elsewhere, are all
     told beside it, not only the one that decides.
+
+    What all cells must show each shows in its own interval of 95%; then so do all with 95%. What one of many cells shows must stand in
+    intervals that cover all of them with 95% (Bonferroni), so that chance alone refutes a true form in at most 5% of its trials.
 
     Args:
         claim: the claim's and the form's name, as printed.
         criterion: the range, and the condition as a query over the cells' columns.
-        cells: a row a condition; columns of the condition, then estimate, lo, hi, n.
+        cells: a row a condition; columns of the condition, then estimate, lo, hi, n, freedom.
 
     Returns: the verdict, with the cell that decided it as evidence.
     """
+    if criterion.within is not None:
+        cells = cells.query(criterion.within)
     if cells.empty:
         return _verdict(claim, criterion, "inconclusive", None, "no cell: nothing was measured")
     cells = cells.reset_index(drop=True)
-    low = -np.inf if criterion.at_least is None else criterion.at_least
-    high = np.inf if criterion.at_most is None else criterion.at_most
-    inside = (cells["lo"] >= low) & (cells["hi"] <= high)
-    outside = (cells["hi"] < low) | (cells["lo"] > high)
-    meets = pd.Series(True, cells.index)
-    if criterion.condition is not None:
-        meets &= cells.index.isin(cells.query(criterion.condition).index)
+    meets = _meeting(cells, criterion.condition)
+    if not meets.any():
+        return _verdict(claim, criterion, "inconclusive", None, "no cell meets the condition: nothing was measured")
+    joint = pd.concat([_simultaneous(cells[meets]), _simultaneous(cells[~meets])]).sort_index()
+    inside, outside = _sides(cells, criterion)
+    surely_inside, surely_outside = _sides(joint, criterion)
+    idle = [part for part, others in _alternatives(cells, criterion.condition).items() if not (others & surely_outside).any()]
 
     word: Word
-    if (meets & outside).any():
-        word, deciding = "refuted", meets & outside
-    elif not meets.any() or not inside[meets].all():
+    if (meets & surely_outside).any():
+        word, deciding = "refuted", meets & surely_outside
+    elif criterion.otherwise and (~meets & surely_inside).any():
+        word, deciding = "refuted", ~meets & surely_inside
+    elif not inside[meets].all():
         word, deciding = "inconclusive", meets & ~inside
+    elif criterion.otherwise and not (outside[~meets].all() and (~meets).any()):
+        word, deciding = "inconclusive", ~meets & ~outside
     elif inside.all():
         word, deciding = "holds", meets
-    elif outside.any():
-        word, deciding = "holds_if", meets
+    elif idle:
+        word, deciding = "inconclusive", ~meets & ~surely_outside
     else:
-        word, deciding = "inconclusive", ~inside
+        word, deciding = "holds_if", meets
+    worst = _worst(cells, criterion, deciding, meets)
+    role = "counterexample" if word == "refuted" else "worst"
+    told = "; ".join(_describe(row) for _, row in cells.iterrows()) if "published" in cells else f"{role}: {_describe(worst)}"
+    evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {told}"
+    lost, others = int((~meets & surely_outside).sum()), int((~meets).sum())
+    if word == "holds_if":
+        reach = "" if 2 * lost > others else "the condition is sufficient, not necessary: "
+        example = _worst(cells, criterion, ~meets & surely_outside, surely_outside)
+        evidence += f"; {reach}{lost} of {others} cells that fail it are outside: {_describe(example)}"
+    elif word == "inconclusive" and inside[meets].all():
+        evidence += f"; {lost} of {others} cells that fail the condition are outside: nothing shows that {' and '.join(idle)} matters"
+    return _verdict(claim, criterion, word, worst, evidence)
+
+
+def _meeting(cells: pd.DataFrame, condition: str | None) -> pd.Series:
+    """Which cells meet a condition."""
+    return pd.Series(True if condition is None else cells.index.isin(cells.query(condition).index), cells.index)
+
+
+def _alternatives(cells: pd.DataFrame, condition: str | None) -> dict[str, pd.Series]:
+    """By each part of a condition `a and b and …` the cells that fail this part only."""
+    if condition is None:
+        return {}
+    tree = ast.parse(condition, mode="eval").body
+    parts = [ast.unparse(part) for part in tree.values] if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [condition]
+    met = pd.DataFrame({part: _meeting(cells, part) for part in parts})
+    return {part: ~met[part] & met.drop(columns=part).all(axis=1) for part in parts}
+
+
+def _sides(cells: pd.DataFrame, criterion: Criterion) -> tuple[pd.Series, pd.Series]:
+    """Which cells are inside the criterion's range, and which are outside."""
+    low, high = _limits(criterion)
+    return (cells["lo"] >= low) & (cells["hi"] <= high), (cells["hi"] < low) | (cells["lo"] > high)
+
+
+def _limits(criterion: Criterion) -> tuple[float, float]:
+    low = -np.inf if criterion.at_least is None else criterion.at_least
+    return low, np.inf if criterion.at_most is None else criterion.at_most
+
+
+def _simultaneous(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with intervals that cover all at once with 95%."""
+    factor = widening(cells["freedom"], max(1, int((cells["freedom"] > 0).sum())))
+    lo, hi = (cells["estimate"] + factor * (cells[limit] - cells["estimate"]) for limit in ("lo", "hi"))
+    # an infinite interval, or a value known exactly, be it infinite, stays what it is
+    fixed = (cells["freedom"] == 0) | ~np.isfinite(cells["hi"] - cells["lo"])
+    return cells.assign(lo=lo.where(~fixed, cells["lo"]), hi=hi.where(~fixed, cells["hi"]))
+
+
+def _worst(cells: pd.DataFrame, criterion: Criterion, among: pd.Series, claimed: pd.Series) -> pd.Series | None:
+    """The cell that speaks most against the form: least inside where it is claimed, else most inside."""
+    if not among.any():
+        return None
+    low, high = _limits(criterion)
     # how far the interval stays within the limits there are; an infinite limit leaves infinite room
     below = cells["lo"] - low if np.isfinite(low) else pd.Series(np.inf, cells.index)
     above = high - cells["hi"] if np.isfinite(high) else pd.Series(np.inf, cells.index)
     margin = np.minimum(below, above)
-    if not deciding.any():
-        return _verdict(claim, criterion, word, None, "no cell meets the condition: nothing was measured")
-    worst = cells.loc[margin[deciding].idxmin()]
-    role = "counterexample" if word == "refuted" else "worst"
-    told = "; ".join(_describe(row) for _, row in cells.iterrows()) if "published" in cells else f"{role}: {_describe(worst)}"
-    evidence = f"{int((meets & inside).sum())} of {int(meets.sum())} cells inside; {told}"
-    if word == "holds_if":
-        lost, others = int(outside.sum()), int((~meets).sum())
-        reach = "" if 2 * lost > others else "the condition is sufficient, not necessary: "
-        evidence += f"; {reach}{lost} of {others} cells that fail it are outside: {_describe(cells.loc[margin[outside].idxmin()])}"
-    return _verdict(claim, criterion, word, worst, evidence)
+    return cells.loc[margin.where(claimed, -margin)[among].idxmin()]
 
 
 def _verdict(claim: str, criterion: Criterion, word: Word, worst: pd.Series | None, evidence: str) -> Verdict:
-    estimate, lo, hi, n = (np.nan, -np.inf, np.inf, 0) if worst is None else (worst[column] for column in INTERVAL)
+    estimate, lo, hi, n, _ = (np.nan, -np.inf, np.inf, 0, 0) if worst is None else (worst[column] for column in INTERVAL)
     return Verdict(
         claim=claim,
         form=criterion.form,
@@ -146,6 +203,7 @@ def _verdict(claim: str, criterion: Criterion, word: Word, worst: pd.Series | No
         interval=(_finite(lo), _finite(hi)),
         n=int(n),
         evidence=evidence,
+        amended=tuple(criterion.amended),
     )
 
 
@@ -155,7 +213,9 @@ def _told(criterion: Criterion) -> str:
     return f"{criterion.criterion} [{given}]" if given else criterion.criterion
 
 
-def _describe(cell: pd.Series) -> str:
+def _describe(cell: pd.Series | None) -> str:
+    if cell is None:
+        return "no cell"
     condition = ", ".join(f"{name}={_short(value)}" for name, value in cell.drop(INTERVAL).items())
     return f"{condition}: {_short(cell['estimate'])} [{_short(cell['lo'])}, {_short(cell['hi'])}], n={int(cell['n'])}"
 
@@ -188,7 +248,8 @@ def to_table(verdicts: list[Verdict], title: str) -> Table:
     for heading in ("verdict", "estimate", "interval", "n"):
         table.add_column(heading, overflow="fold", justify="left" if heading == "verdict" else "right")
     for v in verdicts:
-        name = f"[bold]{v.claim.rpartition('/')[2]}[/] ({v.form.replace('_', ' ')}): {escape(v.statement)}\n[dim]{escape(v.evidence)}[/]"
+        told = "\n".join([v.evidence, *(f"amended: {change}" for change in v.amended)])
+        name = f"[bold]{v.claim.rpartition('/')[2]}[/] ({v.form.replace('_', ' ')}): {escape(v.statement)}\n[dim]{escape(told)}[/]"
         interval = f"{_short(v.interval[0])} … {_short(v.interval[1])}"
         table.add_row(name, f"[{COLOURS[v.verdict]}]{escape(phrase(v.verdict, v.condition))}[/]", _short(v.estimate), interval, str(v.n))
     return table

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from src.statistics import Estimate, exactly, greatest, jackknife, least, paired_difference, slope, t_interval
+from src.statistics import Estimate, exactly, greatest, jackknife, least, paired, paired_difference, slope, t_interval, widening
 
 T4 = 2.7764451051977987  # 97.5% point of Student's t at 4 degrees of freedom, from tables
 SAMPLE = [1.0, 2.0, 4.0, 7.0, 11.0]
@@ -217,3 +217,30 @@ def test_the_jackknife_covers_a_difference_of_correlations() -> None:
 def test_one_draw_has_no_jackknife() -> None:
     with pytest.raises(ValueError, match="two draws"):
         jackknife(np.mean, [1.0])
+
+
+def test_paired_values_are_those_of_the_same_seed():
+    nets = pd.DataFrame({"seed": [0, 1, 2, 0], "kind": ["a", "a", "a", "b"], "value": [1.0, 2.0, 3.0, 4.0]})
+    others = pd.DataFrame({"seed": [1, 0], "value": [0.5, 0.25]})
+    pairs = paired(nets, others, ["seed"])
+    assert pairs.to_dict("list") == {
+        "seed": [0, 1, 0],
+        "kind": ["a", "a", "b"],
+        "value": [0.75, 1.5, 3.75],
+        "value_other": [0.25, 0.5, 0.25],
+    }
+    with pytest.raises(pd.errors.MergeError):
+        paired(nets, pd.concat([others, others]), ["seed"])
+
+
+def test_simultaneous_intervals_are_wider_by_bonferroni():
+    t = stats.t.ppf([0.975, 1 - 0.05 / 2 / 7], 3)
+    assert widening([3, 0, 3], 7) == pytest.approx([t[1] / t[0], 1, t[1] / t[0]])
+    assert widening([5], 1) == pytest.approx([1])
+
+
+def test_the_degrees_of_freedom_go_with_the_interval():
+    assert t_interval(SAMPLE).freedom == 4
+    assert t_interval([1.0]).freedom == 0
+    assert slope([0, 1, 2], [0, 1, 3]).freedom == 1
+    assert greatest(SAMPLE).freedom == 0

@@ -12,22 +12,22 @@ from rich.console import Console
 
 from src.config import Criterion
 from src.statistics import exactly, greatest, t_interval
-from src.verdict import Verdict, cell, cells_by, decide, judge_forms, to_frame, to_table
+from src.verdict import INTERVAL, Verdict, cell, cells_by, decide, judge_forms, to_frame, to_table
 
 few = settings(max_examples=30, deadline=None)
 numbers = st.floats(-5, 5)
 limits = st.none() | numbers
 
 
-def criterion(at_least=0.0, at_most=None, condition=None, form="precise"):
-    return Criterion(form, "x ≥ 0", "0 ≤ x", at_least, at_most, condition)
+def criterion(at_least=0.0, at_most=None, condition=None, form="precise", **more):
+    return Criterion(form, "x ≥ 0", "0 ≤ x", at_least, at_most, condition, **more)
 
 
-def cells(*intervals, n=5, **columns):
-    """One cell an interval (lo, hi), estimated by its middle."""
+def cells(*intervals, n=5, freedom=0, **columns):
+    """One cell an interval (lo, hi), estimated by its middle; none of Student's unless it has degrees of freedom."""
     middle = [lo if lo == hi else 0.0 if math.isinf(lo) else (lo + hi) / 2 for lo, hi in intervals]
     frame = pd.DataFrame([[*interval] for interval in intervals], columns=["lo", "hi"], dtype=float)
-    return frame.assign(**columns).assign(estimate=np.array(middle, float), n=n)[[*columns, "estimate", "lo", "hi", "n"]]
+    return frame.assign(**columns).assign(estimate=np.array(middle, float), n=n, freedom=freedom)[[*columns, *INTERVAL]]
 
 
 def word(intervals, chi=None, **limits):
@@ -35,7 +35,12 @@ def word(intervals, chi=None, **limits):
 
 
 def test_a_cell_is_its_condition_and_its_estimate():
-    assert cell(exactly(2.0), depth=3, kind="plain") == {"depth": 3, "kind": "plain", "estimate": 2.0, "lo": 2.0, "hi": 2.0, "n": 1}
+    assert cell(exactly(2.0), depth=3, kind="plain") == {
+        "depth": 3,
+        "kind": "plain",
+        **dict(zip(INTERVAL, (2.0, 2.0, 2.0, 1, 0), strict=True)),
+    }
+    assert cell(t_interval([1.0, 3.0]))["freedom"] == 1
 
 
 def test_cells_by_makes_one_cell_a_group_and_none_of_nothing():
@@ -45,7 +50,7 @@ def test_cells_by_makes_one_cell_a_group_and_none_of_nothing():
     assert cells_by(rows, ["kind"], lambda values: exactly(values.sum())).to_dict("list")["estimate"] == [4.0, 12.0]
     nothing = cells_by(rows.iloc[:0], ["depth", "kind"], greatest)
     assert nothing.empty
-    assert list(nothing) == ["depth", "kind", "estimate", "lo", "hi", "n"]
+    assert list(nothing) == ["depth", "kind", *INTERVAL]
     assert decide("claim/form", criterion(condition="depth > 2"), nothing).verdict == "inconclusive"
 
 
@@ -135,7 +140,8 @@ def test_an_open_verdict_shows_the_cell_that_keeps_it_open():
     verdict = decide("claim/form", criterion(), cells((1, 2), (-0.5, 3), (-1, 3), chi=[1.0, 2.0, 3.0]))
     assert verdict.evidence == "1 of 3 cells inside; worst: chi=3: 1 [-1, 3], n=5"
     verdict = decide("claim/form", criterion(condition="chi < 2"), cells((1, 2), (-0.5, 3), (3, 4), chi=[1.0, 2.0, 3.0]))
-    assert verdict.evidence == "1 of 1 cells inside; worst: chi=2: 1.25 [-0.5, 3], n=5"
+    idle = "0 of 2 cells that fail the condition are outside: nothing shows that chi < 2 matters"
+    assert verdict.evidence == f"1 of 1 cells inside; worst: chi=3: 3.5 [3, 4], n=5; {idle}"
 
 
 def test_published_values_are_all_told_beside_the_measured():
@@ -163,6 +169,75 @@ def test_the_numbering_of_the_cells_does_not_matter():
     verdict = decide("claim/form", criterion(condition="chi < 1"), table)
     assert verdict == decide("claim/form", criterion(condition="chi < 1"), table.reset_index(drop=True))
     assert verdict.verdict == "holds_if"
+
+
+@pytest.mark.parametrize(
+    ("depth", "steps", "expected"),
+    [
+        ([8, 64, 8], [9, 9, 1], "holds_if"),  # each part alone decides
+        ([8, 64, 64], [9, 9, 1], "inconclusive"),  # nothing fails the second part alone
+        ([8, 64, 8], [9, 9, 9], "refuted"),
+    ],
+)
+def test_each_part_of_a_condition_must_matter(depth, steps, expected):
+    table = cells((1, 2), (-2, -1), (-2, -1), depth=depth, steps=steps)
+    verdict = decide("claim/form", criterion(condition="depth < 50 and (steps > 5 or steps < 0)"), table)
+    assert verdict.verdict == expected
+    idle = "2 of 2 cells that fail the condition are outside: nothing shows that steps > 5 or steps < 0 matters"
+    assert (idle in verdict.evidence) == (expected == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([(-2, -1), (-4, -3)], "holds_if"),
+        ([(-2, -1), (1, 2)], "refuted"),
+        ([(-2, -1), (-1, 2)], "inconclusive"),
+        ([], "inconclusive"),  # one side alone shows no equivalence
+    ],
+)
+def test_an_equivalence_fails_wherever_its_condition_does(others, expected):
+    table = cells((1, 3), *others, chi=[0.5, 1.5, 2.5][: 1 + len(others)])
+    verdict = decide("claim/form", criterion(condition="chi < 1", otherwise="outside"), table)
+    assert verdict.verdict == expected
+    if expected == "refuted":
+        assert "counterexample: chi=2.5: 1.5 [1, 2]" in verdict.evidence
+    assert decide("claim/form", criterion(condition="chi < 1"), table).verdict == ("holds_if" if others else "holds")
+
+
+def test_a_form_speaks_of_the_cells_within_its_range_alone():
+    table = cells((1, 2), (-2, -1), steps=[100, 5])
+    assert decide("claim/form", criterion(), table).verdict == "refuted"
+    verdict = decide("claim/form", criterion(within="steps >= 100"), table)
+    assert (verdict.verdict, verdict.evidence) == ("holds", "1 of 1 cells inside; worst: steps=100: 1.5 [1, 2], n=5")
+    assert decide("claim/form", criterion(within="steps >= 1000"), table).evidence == "no cell: nothing was measured"
+
+
+def test_one_of_many_cells_refutes_only_in_intervals_that_cover_them_all():
+    """At four degrees of freedom 2.776 standard errors cover one cell, 10.306 a hundred (t at 1 − .05/200)."""
+    error = np.array([1.0] * 100)
+    for distance, expected in ((2.7, "inconclusive"), (10.3, "inconclusive"), (10.4, "refuted")):
+        middle = np.where(np.arange(100) == 41, -distance, 50.0)
+        table = cells(*zip(middle - 2.776445 * error, middle + 2.776445 * error, strict=True), freedom=4)
+        assert decide("claim/form", criterion(), table).verdict == expected
+    alone = cells((-2.8 - 2.776, -2.8 + 2.776), freedom=4)
+    assert decide("claim/form", criterion(), alone).verdict == "refuted"
+
+
+def test_chance_refutes_a_true_form_in_few_trials():
+    """Forty cells of five draws each about 0, held to ≥ 0, the limit of what is true: 5% and not 64% of the trials refute it."""
+    draws = np.random.default_rng(0).normal(size=(400, 40, 5))
+    words = [decide("claim/form", criterion(), pd.DataFrame([cell(t_interval(x)) for x in trial])).verdict for trial in draws[:100]]
+    assert words.count("refuted") <= 8
+    alone = [any(t_interval(x).hi < 0 for x in trial) for trial in draws[:100]]
+    assert sum(alone) > 40
+
+
+def test_what_was_amended_is_told():
+    verdict = decide("claim/form", criterion(amended=["2026-01-02: was x ≥ 1, refuted; [why]"]), cells((1, 2)))
+    assert verdict.amended == ("2026-01-02: was x ≥ 1, refuted; [why]",)
+    assert "amended: 2026-01-02: was x ≥ 1, refuted; [why]" in as_printed([verdict])
+    assert Verdict.of(json.loads(json.dumps(asdict(verdict)))) == verdict
 
 
 @few
@@ -218,7 +293,7 @@ def test_a_form_on_one_side_only_is_named(criteria, table):
 def test_verdicts_are_plain_json(table):
     entry = asdict(decide("claim/form", criterion(), table))
     text = json.dumps(entry, allow_nan=False)
-    keys = ["claim", "form", "statement", "criterion", "verdict", "condition", "estimate", "interval", "n", "evidence"]
+    keys = ["claim", "form", "statement", "criterion", "verdict", "condition", "estimate", "interval", "n", "evidence", "amended"]
     assert list(json.loads(text)) == keys
     with pytest.raises(ValueError, match="not JSON compliant"):
         json.dumps(entry | {"estimate": math.nan}, allow_nan=False)
@@ -236,7 +311,7 @@ def test_verdicts_as_tables():
     verdicts = judge_forms("claim", forms, dict.fromkeys(forms, table))
     frame = to_frame(verdicts)
     assert frame["verdict"].tolist() == ["refuted", "holds_if", "inconclusive"]
-    assert len(frame.columns) == 10
+    assert len(frame.columns) == 11
     printed = as_printed(verdicts)
     for expected in ("always (precise): x ≥ 0", "refuted", "holds if chi < 1", "inconclusive", "1 … 2", "– … –", "counterexample: chi=1.5"):
         assert expected in printed

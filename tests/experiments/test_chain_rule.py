@@ -53,7 +53,7 @@ CASES = [
     ("degenerates", [put("kept_rank", 1.0)], "refuted"),
     ("degenerates", [put("kept_rank", 1.0), put("kept_rank", 0.5, activation="relu", factors=16, **ORTHOGONAL)], "holds"),
     ("degenerates", [put("kept_rank", 1.0), put("kept_rank", 0.5, factors=8)], "refuted"),
-    ("degenerate_where", [put("kept_rank", 0.5)], "holds"),
+    ("degenerate_where", [put("kept_rank", 0.5)], "refuted"),
     ("degenerate_where", [put("kept_rank", 0.5, **GAUSSIAN), put("kept_rank", 1.0, **ORTHOGONAL)], "holds_if"),
     ("degenerate_where", [put("kept_rank", 0.5), put("kept_rank", 1.0, activation="relu", **GAUSSIAN)], "refuted"),
     ("lyapunov", [put("kept_rank", as_predicted, activation="linear", **GAUSSIAN)], "holds"),
