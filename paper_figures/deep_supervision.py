@@ -31,7 +31,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     for (heads, weight_var, depth), nets in pick(rows, "test_accuracy", part="training").groupby(["heads", *CHAIN]):
         accuracy = nets.pivot(index="net_seed", columns=SETTING, values="value")
         for setting in accuracy:
-            gain = paired_difference(accuracy[setting], accuracy[0.0, 0, "none", 1.0])
+            gain = paired_difference(accuracy[setting], accuracy[0.0, 0, "none", 1.0, 0.0])
             of_setting = rows[(rows[["heads", *CHAIN, *SETTING]] == [heads, weight_var, depth, *setting]).all(axis=1)]
             lines.append(
                 {
@@ -96,7 +96,7 @@ def _angle(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _weights(axis: Axes, rows: pd.DataFrame) -> None:
-    swept = "schedule == 'none' and boost == 1 or schedule == 'constant' and every == 1"
+    swept = "schedule == 'none' and boost == 1 and adam == 0 or schedule == 'constant' and every == 1"
     nets, early = _trained(rows).query(swept), _trained(rows, "early_accuracy").query(swept)
     for k, (chain, of_chain) in enumerate(nets.groupby(CHAIN)):
         _curve(axis, of_chain, "alpha", k, _chain(*chain))
@@ -114,12 +114,12 @@ def _spacings(axis: Axes, rows: pd.DataFrame) -> None:
     nets = _trained(rows)
     supervised = nets.query("schedule == 'constant' and alpha == alpha.max()")
     faded = nets.query("schedule == 'fading'")
+    plain = nets.query("schedule == 'none' and boost == 1 and adam == 0").groupby(CHAIN)["value"].mean()
     for k, (chain, of_chain) in enumerate(supervised.groupby(CHAIN)):
         _curve(axis, of_chain, "every", k, _chain(*chain))
-        end = faded.groupby(CHAIN)["value"].mean()[chain]
-        axis.plot([0.75], [end], linestyle="none", marker=MARKERS[k], markerfacecolor="none", color=f"C{k}")
-        plain = nets.query("schedule == 'none' and boost == 1").groupby(CHAIN)["value"].mean()[chain]
-        axis.axhline(plain, color=f"C{k}", linewidth=0.8, linestyle=":")
+        end = faded.groupby([*CHAIN, "every"])["value"].mean()[chain]
+        axis.plot(end.index * 0.85, end, linestyle="none", marker=MARKERS[k], markerfacecolor="none", color=f"C{k}")
+        axis.axhline(plain[chain], color=f"C{k}", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     spacings = sorted(supervised["every"].unique())
     axis.set_xticks(spacings, [f"{spacing:g}" for spacing in spacings])

@@ -17,7 +17,7 @@ def test_the_table_has_every_setting_of_every_chain_and_its_gain(tmp_path: Path)
     rows = read(NAME, tmp_path)
     table = figure_module.table(rows)
     accuracies = pick(rows, "test_accuracy", part="training")
-    settings = accuracies[["heads", "weight_var", "depth", "alpha", "every", "schedule", "boost"]].drop_duplicates()
+    settings = accuracies[["heads", "weight_var", "depth", "alpha", "every", "schedule", "boost", "adam"]].drop_duplicates()
     assert len(table) == len(settings)
     chosen = {"heads": "random", "weight_var": 0.5, "depth": 16, "boost": 1.0}
     plain = pick(accuracies, "test_accuracy", **chosen, schedule="none")["value"]
