@@ -6,7 +6,6 @@ heads that cancel exactly; a chain severed above its first exit; accuracy of the
 trains and where it is locked, α, k and a fading α varied.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src import mean_field
 from src.config import Activation, Config, Criterion, ModelConfig, require
@@ -27,7 +26,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import least, paired, slope, t_interval
 from src.training.loop import evaluate
-from src.training.objectives import DeepSupervision, exit_losses
+from src.training.objectives import DeepSupervision, split_gradients
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -117,39 +116,15 @@ def supervise(context: Context, network: nn.Sequential, model: ModelConfig, ever
     return context.with_exits(network, model, names[every - 1 :: every] if every else [], seed)
 
 
-def objective(network: MultiExit, alpha: float, fading: int | None = None) -> DeepSupervision:
-    """ℒ_L + α Σ_l ℒ_l over all exits."""
-    return DeepSupervision(dict.fromkeys(network.exits, alpha), fading)
-
-
 def gradient_rows(context: Context, network: MultiExit, weights: Sequence[float], where: Row) -> Iterator[Row]:
-    """Yield the norms of ∇θ_1 of the first exit's loss, of the rest, of the chain's own and of all together, and the first two's cosine.
-
-    For every weight α of the exits, in float64. The whole is the gradient of the objective as it is trained, not the sum of its parts.
-    """
+    """Yield the norms of the parts of ∇θ_1, and the cosine between the first exit's and the rest, for every α."""
     images, labels = context.samples(context.data.train, context.config.grid.samples)
-    twin = copy.deepcopy(network).double().eval()
-    first, *others, final = exit_losses(twin, images.double(), labels).values()
-    of_first, of_later, of_final = (_first_stage_gradient(twin, loss) for loss in (first, sum(others, final), final))
-    for alpha in weights:
-        total = objective(twin, alpha)(twin, images.double(), labels)
-        gradients = {
-            "direct": alpha * of_first,
-            "rest": alpha * of_later + (1 - alpha) * of_final,
-            "final": of_final,
-            "total": _first_stage_gradient(twin, total),
-        }
+    for alpha, gradients in zip(weights, split_gradients(network, images, labels, weights), strict=True):
         norms = {quantity: gradient.norm() for quantity, gradient in gradients.items()}
         at = {**where, "alpha": alpha}
         yield from measured(at, **{quantity: float(norm.log()) for quantity, norm in norms.items()})
         if norms["direct"] > 0 and norms["rest"] > 0:
             yield from measured(at, cosine=float(gradients["direct"] @ gradients["rest"] / (norms["direct"] * norms["rest"])))
-
-
-def _first_stage_gradient(network: MultiExit, loss: Tensor) -> Tensor:
-    """∇θ_1 of a loss, flattened."""
-    gradients = torch.autograd.grad(loss, list(network.chain[0].parameters()), retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _gradients(context: Context) -> Iterator[Row]:
@@ -212,7 +187,7 @@ def _opposed_heads(context: Context) -> Iterator[Row]:
             gradients = partial(_along_training, context, network, setting, where)
             yield from gradients("initial")
             name = f"opposite heads, α {setting.alpha:g}, seed {seed}"
-            yield from measured(where, **context.train(network, name, seed, objective(network, setting.alpha)).metrics())
+            yield from measured(where, **context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha)).metrics())
             yield from gradients("trained")
 
 
@@ -278,7 +253,7 @@ def _training(context: Context, model: ModelConfig, setting: Supervision, seed: 
     fading = steps if setting.schedule == "fading" else None
     name = f"{model.family}, σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {seed}"
     step = {"optimizer": "adam", "lr": setting.adam} if setting.adam else {"lr": training.lr * setting.boost}
-    outcome = context.train(network, name, seed, objective(network, setting.alpha, fading), look, replace(training, **step))
+    outcome = context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha, fading), look, replace(training, **step))
     metrics = outcome.metrics()
     yield from measured(where, **metrics)
     if outcome.status == "finished":
@@ -401,7 +376,7 @@ def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.
     plain, supervised = nets.query("schedule == 'none'"), nets.query("schedule == 'constant'")
     supervised = supervised.assign(reach=supervised["every"] * supervised["loss"])
     weights = total_weight(supervised["alpha"], supervised["every"], supervised["depth"])
-    rates = _best_adam(pick(rows, "train_accuracy", part=part))
+    rates = best_adam(pick(rows, "train_accuracy", part=part))
     against = pd.concat(
         [
             supervised.assign(against="same rate"),
@@ -413,7 +388,7 @@ def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.
     return cells_by(paired(against, plain, ["heads", *CHAIN, "boost", "adam", "net_seed"]), keys, t_interval)
 
 
-def _best_adam(accuracies: pd.DataFrame) -> pd.DataFrame:
+def best_adam(accuracies: pd.DataFrame) -> pd.DataFrame:
     """Adam's rate of the highest mean accuracy, a line a chain."""
     means = accuracies.query("adam > 0").groupby([*CHAIN, "adam"])["value"].mean().reset_index()
     return means.sort_values("value").drop_duplicates(CHAIN, keep="last").drop(columns="value")

@@ -16,6 +16,7 @@ from src.errors import UserError
 from src.experiment import Context
 from src.models.exits import MultiExit
 from src.rows import pick
+from src.training.objectives import DeepSupervision
 from tests.experiments.measured import Change, after, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "deep_supervision"
@@ -169,7 +170,7 @@ def test_opposite_heads_freeze_the_first_layer_for_ever(lab: Context, optimizer:
         if alpha:
             assert measured(lab, network, alpha)["total"] == -math.inf
         assert measured(lab, network, 1.0)["direct"] > -math.inf
-        lab.train(network, "opposed", 0, claim.objective(network, alpha), config=training)
+        lab.train(network, "opposed", 0, DeepSupervision.alike(network, alpha), config=training)
         moved[alpha] = max(float(parameter.detach().abs().max()) for parameter in network.chain[0].parameters())
     assert moved[1.0] == 0
     assert moved[0.0] > 0
