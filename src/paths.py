@@ -29,6 +29,20 @@ class BlockTracer(Tracer):
         return not isinstance(m, BLOCKS) and super().is_leaf_module(m, module_qualified_name)
 
 
+def in_line(stage: nn.Module) -> dict[str, nn.Module] | None:
+    """The modules that a stage is known to apply one after the other, by name; None where only its graph tells.
+
+    Known are torch.nn's own modules that have no parts, and `nn.Sequential` of such: the graph of these need not be traced.
+    """
+    if type(stage) is nn.Sequential:
+        parts = {name: in_line(part) for name, part in stage._modules.items() if part is not None}
+        if any(modules is None for modules in parts.values()):
+            return None
+        return {f"{name}.{inner}".rstrip("."): module for name, modules in parts.items() for inner, module in (modules or {}).items()}
+    own = type(stage).__module__.startswith("torch.nn.modules") and not stage._modules
+    return {"": stage} if own else None
+
+
 def path_lengths(module: nn.Module) -> tuple[int, int]:
     """Count the weight layers on the shortest and the longest path that carries gradient from input to output.
 

@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from torch.random import fork_rng
 
 from src.errors import UserError
-from src.paths import BlockTracer, node_lengths, operation
+from src.paths import BlockTracer, in_line, node_lengths, operation
 
 ADVICE = "wrap its stages in an nn.Sequential, in order, or name submodules as its stages"
 SUMS = {"add", "iadd", "add_", "__add__", "__radd__"}
@@ -66,6 +66,8 @@ def traced_stages(model: nn.Module, inputs: Tensor | None = None) -> dict[str, n
 
 def is_traceable(stage: nn.Module) -> bool:
     """Whether torch.fx can trace a stage."""
+    if in_line(stage) is not None:
+        return True
     try:
         _traced(nn.Sequential(stage))
     except UntraceableError:
@@ -117,6 +119,8 @@ def branch(stage: nn.Module) -> nn.Module | None:
 
     Returns: x ↦ B(x), sharing the stage's modules; None where the stage is no such block.
     """
+    if in_line(stage) is not None:
+        return None
     try:
         root = _traced(nn.Sequential(stage))
     except UntraceableError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
@@ -150,7 +150,7 @@ def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 
 
 
 def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: list[Tensor]) -> Float[Tensor, "w k"]:
-    """Take down the Ritz values of the matrices that are still waited for, from the eigenvectors of BBᵀ: σ₁ loses nothing by the square.
+    """Take down the Ritz values of the matrices that are still waited for, from the eigenvalues of BBᵀ: σ₁ loses nothing by the square.
 
     Returns: the last right singular vector of every B.
     """
@@ -158,14 +158,33 @@ def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: li
     B = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], 1)
     # LAPACK refuses NaN; squares in single precision may overflow
     exact = B.cpu().double()
-    squares, vectors = torch.linalg.eigh((exact @ exact.mT).nan_to_num(0, 0, 0))
-    values = torch.where(B.isfinite().flatten(1).all(1, keepdim=True), squares.clamp(min=0).sqrt().to(B), torch.nan)
-    P = vectors.to(B)
-    residuals = beside[:, -1:] * P[:, -1].abs()
-    found.value[at], found.residual[at] = values[:, -1], residuals[:, -1]
-    found.smallest[at] = torch.where(diagonal.amin(1) > 0, torch.hypot(values[:, 0], residuals[:, 0]), torch.inf)
+    T = (exact @ exact.mT).nan_to_num(0, 0, 0)
+    squares = torch.linalg.eigvalsh(T).clamp(min=0)
+    values = torch.where(B.isfinite().flatten(1).all(1, keepdim=True), squares.sqrt().to(B), torch.nan)
+    least, last = _outer_vectors(T, squares).to(B).unbind(1)
+    residual, back = beside[:, -1] * last[:, -1].abs(), torch.einsum("nk,nkl->nl", least, B)
+    found.value[at], found.residual[at] = values[:, -1], residual
+    smallest = torch.hypot(torch.linalg.vector_norm(back, dim=1), beside[:, -1] * least[:, -1])
+    found.smallest[at] = torch.where(diagonal.amin(1) > 0, smallest, torch.inf)
     # once θ has converged to √ε, a copy of it comes: the next value tells nothing any more
-    rough = residuals[:, -1] > torch.finfo(B.dtype).eps ** 0.5 * values[:, -1]
+    rough = residual > torch.finfo(B.dtype).eps ** 0.5 * values[:, -1]
     gap = values[:, -1] - values[:, -2] if values.shape[1] > 1 else values[:, -1]
     found.gap[at] = torch.where(rough, gap, found.gap[at])
-    return _unit((P[..., -1].unsqueeze(1) @ B).squeeze(1))[0]
+    return _unit(torch.einsum("nk,nkl->nl", last, B))[0]
+
+
+def _outer_vectors(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w k"]) -> Float64[Tensor, "w 2 k"]:
+    """The eigenvectors of the least and of the largest eigenvalue of tridiagonal T, by one step of inverse iteration.
+
+    Off its diagonal T is not negative: its last eigenvector has no change of sign and its first the most (Perron and Frobenius), so that
+    neither start is orthogonal to what it shall become.
+    """
+    largest = eigenvalues[:, -1:]
+    size = torch.where(largest > 0, largest, 1)
+    outside = 8 * torch.finfo(T.dtype).eps * torch.tensor([-1.0, 1.0], dtype=T.dtype)
+    shifts = eigenvalues[:, [0, -1]] / size + outside
+    ones = torch.ones(T.shape[-1], dtype=T.dtype)
+    starts = torch.stack([ones * (-1.0) ** torch.arange(len(ones)), ones])
+    shifted = (T / size.unsqueeze(2)).unsqueeze(1) - torch.diag_embed(shifts.unsqueeze(2).expand(-1, -1, len(ones)))
+    vectors, _ = torch.linalg.solve_ex(shifted, starts.expand(len(T), -1, -1))
+    return vectors / torch.linalg.vector_norm(vectors, dim=2, keepdim=True)

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
 from src.jacobian.golub_kahan import RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
 from src.jacobian.materialised import transpose
+from src.paths import in_line
 from src.spectrum import Extremes, Known
 
 OF_SHAPES = {"getattr", "getitem", "size"}
@@ -110,31 +111,43 @@ def at_layer(stage: nn.Module, layer: str, inputs: Float[Tensor, "n ..."]) -> De
 
 def only_linear(stage: nn.Module) -> str | None:
     """The dense layer of a stage that has one call, in front of it only what rearranges, behind it only what acts on each unit alone."""
+    found = None
+    for name, step in _steps(stage):
+        if found is None and type(step) is nn.Linear and step._parameters.keys() == {"weight", "bias"}:
+            found = name
+        elif not (_rearranges(step) if found is None else _is_pointwise(step)):
+            return None
+    own = sum(parameter.numel() for parameter in stage.parameters())
+    return found if found is not None and own == sum(p.numel() for p in stage.get_submodule(found).parameters()) else None
+
+
+def _steps(stage: nn.Module) -> list[tuple[str, nn.Module | str]]:
+    """What a stage applies one after the other, modules by their names and other calls by the function's; nothing where it branches."""
+    modules = in_line(stage)
+    if modules is not None:
+        return [*modules.items()]
     root = nn.Sequential(stage)  # so that a leaf stays one node
     try:
         nodes = [node for node in Tracer().trace(root).nodes if _called(node) not in OF_SHAPES]
     except Exception:  # tracing runs the model's own code: anything may be raised
-        return None
-    modules = dict(root.named_modules(remove_duplicate=False))
-    found = None
+        return []
+    by_name = dict(root.named_modules(remove_duplicate=False))
+    steps: list[tuple[str, nn.Module | str]] = []
     for before, node in pairwise(nodes):
-        module = modules[str(node.target)] if node.op == "call_module" else None
         if [source for source in node.all_input_nodes if source in nodes] != [before]:
-            return None
-        if found is None and type(module) is nn.Linear and module._parameters.keys() == {"weight", "bias"}:
-            found = str(node.target).removeprefix("0").removeprefix(".")
-        elif node.op != "output" and not (_rearranges(node, module) if found is None else _is_pointwise(node, module)):
-            return None
-    own = sum(parameter.numel() for parameter in root.parameters())
-    return found if found is not None and own == sum(p.numel() for p in stage.get_submodule(found).parameters()) else None
+            return []
+        if node.op != "output":
+            name = str(node.target)
+            steps.append((name.removeprefix("0").removeprefix("."), by_name[name]) if node.op == "call_module" else ("", _called(node)))
+    return steps
 
 
-def _rearranges(node: Node, module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Identity | nn.Flatten | nn.Dropout) or (node.op != "call_module" and _called(node) in FLATTENING)
+def _rearranges(step: nn.Module | str) -> bool:
+    return step in FLATTENING if isinstance(step, str) else isinstance(step, nn.Identity | nn.Flatten | nn.Dropout)
 
 
-def _is_pointwise(node: Node, module: nn.Module | None) -> bool:
-    return isinstance(module, (*ACTIVATIONS, nn.Identity, nn.Dropout)) or (node.op != "call_module" and _called(node) in POINTWISE)
+def _is_pointwise(step: nn.Module | str) -> bool:
+    return step in POINTWISE if isinstance(step, str) else isinstance(step, (*ACTIVATIONS, nn.Identity, nn.Dropout))
 
 
 def _called(node: Node) -> str:
