@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ from experiments.greedy_rules import (
     costs,
     paces,
     rates,
+    told,
     train,
     trained,
-    tuned,
     turn_count,
 )
 from src.chain import cut
@@ -60,6 +61,10 @@ QUANTITIES = {
     "parameters": "parameters of the chain",
     "auxiliary_parameters": "parameters of the heads, which are thrown away after training",
     "multiply_adds": "multiply-adds of the matrix products and convolutions of the whole training",
+    "learning_rate": "at which a rule tells most training images right, of those tried, on a network of which nothing else is measured",
+    "adam": "1 where that is Adam's, 0 where it is SGD's",
+    "at_edge": "1 where it is the least or the greatest that its optimiser is tried at, else 0",
+    "at_chance": "1 where even at it less than twice as many training images are told right as by guessing, else 0",
     "train_accuracy": "share of training images told right",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
@@ -155,19 +160,20 @@ def _trainings(context: Context) -> Iterator[Row]:
         for rule in _rules(config, chain, model.depth):
             at = {"chain": chain, **asdict(rule)}
             tried = _tried(context, chain, model, rule)
+            where = {"part": "rates", **at, **network_columns(model, config.grid.train_seeds)}
             for rate, accuracy in tried.items():
-                where = {"part": "rates", **at, **network_columns(model, config.grid.train_seeds), **_rate_columns(rate)}
-                yield from measured(where, train_accuracy=accuracy)
-            rate, trust = best(tried), tuned(tried, context.data.classes)
+                yield from measured({"optimizer": rate.optimizer, "rate": rate.lr, **where}, train_accuracy=accuracy)
+            yield from measured(where, **told(tried, context.data.classes))
+            training = best(tried).of(config.training)
             for seed in range(config.grid.train_seeds):
                 network = _network(context, chain, model, seed)
                 blocks = applied(context, rule, network, model, seed)
-                where = {"part": "training", **at, **network_columns(model, seed), **_rate_columns(rate), "tuned": trust}
+                where = {"part": "training", **at, **network_columns(model, seed)}
                 before, after = ({"moment": moment, **where} for moment in ("before", "after"))
                 if rule.loss == "backprop":
                     yield from _looks(context, network, before)
                 yield from _gradients(context, blocks, rule, before)
-                outcome = train(context, blocks, rule, rate.of(config.training), f"{chain}, depth {model.depth}", seed)
+                outcome = train(context, blocks, rule, training, f"{chain}, depth {model.depth}", seed)
                 seconds[model.depth, rule].append(outcome.seconds)
                 yield from measured(where, **outcome.metrics)
                 if not outcome.metrics["diverged"]:
@@ -186,10 +192,6 @@ def _tried(context: Context, chain: str, model: ModelConfig, rule: Rule) -> dict
         name = f"{chain}, depth {model.depth}, {rate.optimizer} at {rate.lr:g}"
         accuracies[rate] = train(context, blocks, rule, rate.of(context.config.training), name, seed).metrics["train_accuracy"]
     return accuracies
-
-
-def _rate_columns(rate: Rate) -> Row:
-    return {"optimizer": rate.optimizer, "rate": rate.lr, "at_edge": rate.at_edge}
 
 
 def _looks(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
@@ -297,12 +299,22 @@ def _last_probes(rows: pd.DataFrame) -> pd.DataFrame:
     return probes[probes["layer"] == probes["depth"] - 1]
 
 
+def chosen_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The learning rate by setting and rule; `tuned`: chance where it tells nothing, edge where one beyond may be better, else inner."""
+    told = rows[(rows["part"] == "rates") & (rows["quantity"] != "train_accuracy")]
+    found = told.pivot(index=[*SETTING, *RULE], columns="quantity", values="value")
+    return found.assign(tuned=np.select([found["at_chance"] == 1, found["at_edge"] == 1], ["chance", "edge"], "inner"))
+
+
 def _with_labels(nets: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Beside each net whether less than a thousandth of ‖g‖ comes back through its setting, and images differ by less than a thousandth."""
+    """Beside each net how its rate is to be trusted, and the labels of its setting.
+
+    locked: less than a thousandth of ‖g‖ comes back; locked_forwards: images differ by less than a thousandth.
+    """
     quantities = ("flow", "scale", "separation")
     means = {name: pick(rows, name, loss="backprop", moment="before").groupby(SETTING)["value"].mean() for name in quantities}
     labels = {"locked": means["flow"] < THOUSANDTH, "locked_forwards": means["scale"] + means["separation"] < THOUSANDTH}
-    return nets.join(pd.DataFrame(labels), on=SETTING)
+    return nets.join(pd.DataFrame(labels), on=SETTING).join(chosen_rates(rows)["tuned"], on=[*SETTING, *RULE])
 
 
 def _gaps(nets: pd.DataFrame, others: pd.DataFrame, shared: Sequence[str] = ()) -> pd.DataFrame:

@@ -156,14 +156,15 @@ def best(accuracies: Mapping[Rate, float]) -> Rate:
     return max(accuracies, key=lambda rate: accuracies[rate])
 
 
-def tuned(accuracies: Mapping[Rate, float], classes: int) -> str:
-    """How far a best rate is to be trusted.
-
-    Returns: "chance" where it tells less than twice as many images right as guessing would, "edge" where a rate beyond those tried may be
-        better, else "inner".
-    """
+def told(accuracies: Mapping[Rate, float], classes: int) -> dict[str, float]:
+    """The best rate, and whether it is to be trusted: not where even it tells less than twice as many right as guessing would."""
     rate = best(accuracies)
-    return "chance" if accuracies[rate] < 2 / classes else "edge" if rate.at_edge else "inner"
+    return {
+        "learning_rate": rate.lr,
+        "adam": float(rate.optimizer == "adam"),
+        "at_edge": float(rate.at_edge),
+        "at_chance": float(accuracies[rate] < 2 / classes),
+    }
 
 
 def paces(seconds: Mapping[tuple[int, Rule], Sequence[float]]) -> Iterator[str]:
@@ -171,5 +172,5 @@ def paces(seconds: Mapping[tuple[int, Rule], Sequence[float]]) -> Iterator[str]:
     for depth in dict.fromkeys(depth for depth, _ in seconds):
         means = {rule: sum(times) / len(times) for (at, rule), times in seconds.items() if at == depth}
         (backprop,) = (mean for rule, mean in means.items() if rule.loss == "backprop")
-        told = ", ".join(f"{rule} {mean / backprop:.2f}" for rule, mean in means.items())
-        yield f"seconds of all steps of a training at depth {depth}, backpropagation = 1: {told}"
+        relative = ", ".join(f"{rule} {mean / backprop:.2f}" for rule, mean in means.items())
+        yield f"seconds of all steps of a training at depth {depth}, backpropagation = 1: {relative}"

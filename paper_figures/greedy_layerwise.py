@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.greedy_layerwise import THOUSANDTH
+from experiments.greedy_layerwise import SETTING, THOUSANDTH, chosen_rates
 from experiments.greedy_rules import LOCAL, RULE, Schedule
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
@@ -29,7 +29,8 @@ K = "layers a block, k"
 def draw(rows: pd.DataFrame) -> Figure:
     """Twelve panels: influence, gradients, accuracy of four chains, the lock afterwards, probes, multiply-adds, parameters, cost."""
     depth = int(rows.loc[rows["part"] == "training", "depth"].max())
-    nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)]
+    trust = chosen_rates(rows)["tuned"]
+    nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)].join(trust, on=[*SETTING, *RULE])
     accuracies = pick(nets, "test_accuracy", part="training")
     costs = _costs(nets)
     with panels(rows, count=12, columns=3, height=2.4) as (figure, axes):
@@ -51,14 +52,15 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of every rule in every chain, its learning rate, a probe of the last hidden layer, and what the training takes."""
-    at, by_rule = ["depth", *RULE], ["chain", "depth", *RULE]
+    at, by_rule = ["depth", *RULE], [*SETTING, *RULE]
     costs = pd.concat([_costs(rows[rows["depth"] == depth]).assign(depth=depth) for depth in pick(rows, "multiply_adds")["depth"].unique()])
-    trained = pick(rows, "test_accuracy", part="training").groupby(by_rule, sort=False)
+    trained = pick(rows, "test_accuracy", part="training").groupby(by_rule, sort=False)["value"]
     probes = pick(rows, "probe_accuracy", moment="after").query("layer == depth - 1").groupby(by_rule)["value"].mean()
-    lines = trained["value"].agg(["mean", "min", "max", "size"]).join([trained[["optimizer", "rate", "tuned"]].first(), probes])
+    rates = chosen_rates(rows)[["learning_rate", "adam", "tuned"]]
+    lines = trained.agg(["mean", "min", "max", "size"]).join([rates, probes])
     names = {
         **{"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds"},
-        **{"rate": "learning rate", "tuned": "it is", "value": "last hidden layer, probed"},
+        **{"learning_rate": "learning rate", "adam": "of Adam", "tuned": "it is", "value": "last hidden layer, probed"},
         **{column: f"{column} / backprop" for column in ("multiply-adds", "parameters with heads")},
     }
     return lines.reset_index().merge(costs, on=at).rename(columns=names | COSTS)
@@ -170,7 +172,7 @@ def _probes(axis: Axes, probes: pd.DataFrame) -> None:
     for index, (name, nets) in enumerate(curves.items()):
         mean = nets.groupby("layer")["value"].mean()
         colour = {"backprop": "k", "untrained": "0.6"}.get(name, f"C{index}")
-        axis.plot(mean.index, mean, DASHES[index], marker=MARKERS[index], markersize=3, color=colour, label=name)
+        axis.plot(mean.index, mean, linestyle=DASHES[index], marker=MARKERS[index], markersize=3, color=colour, label=name)
     axis.set(xlabel="layer l", ylabel="accuracy of a linear probe", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(loc="lower left", ncols=2)
@@ -197,7 +199,7 @@ def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: st
     for _, rules, look in _kinds(costs):
         axis.plot(rules["block"], rules[column], **look)
     deeper = costs[costs["hidden"] > 0]
-    axis.plot(np.ones(len(deeper)), deeper[column], "_", color="C0", markersize=9)
+    axis.plot([1] * len(deeper), deeper[column], "_", color="C0", markersize=9)
     for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
         axis.annotate(f"+{hidden} hidden", (1, value), xytext=(6, 0), textcoords="offset points", fontsize=6, color="C0", va="center")
     axis.axhline(1, color="k", linewidth=0.9)

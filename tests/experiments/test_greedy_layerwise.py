@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from experiments import greedy_layerwise as claim
 from experiments import greedy_published, greedy_rules
 from experiments.greedy_rules import Rule
-from src.config import ModelConfig
+from src.config import ModelConfig, TrainingConfig
 from src.errors import UserError
 from src.experiment import Context
 from src.mean_field import chi
@@ -166,10 +166,12 @@ def test_a_deficit_counts_only_beyond_the_width_of_all_its_intervals_together() 
 
 @pytest.mark.parametrize("trust", ["edge", "chance"])
 def test_a_rate_that_is_not_to_be_trusted_is_told_beside_its_verdict(trust: str) -> None:
-    rows = after(small_rows(NAME), [*LIFTED, accuracy(0.1, **VANISHING, loss="sim")])
-    rows["tuned"] = "inner"
-    rows.loc[(rows["loss"] == "sim") & (rows["chain"] == "vanishing"), "tuned"] = trust
-    rows.loc[(rows["loss"] == "backprop") & (rows["chain"] == "vanishing"), "tuned"] = "edge"
+    doubts = [
+        *(put(quantity, 0.0) for quantity in ("at_edge", "at_chance")),
+        put(f"at_{trust}", 1.0, **VANISHING, loss="sim"),
+        put("at_edge", 1.0, **VANISHING, loss="backprop"),
+    ]
+    rows = after(small_rows(NAME), [*LIFTED, accuracy(0.1, **VANISHING, loss="sim"), *doubts])
     assert f"tuned={trust}, tuned_other=edge" in verdicts(NAME, rows)["avoids_locking_sim"].evidence
 
 
@@ -296,6 +298,10 @@ def test_probes_see_what_the_layers_hold_whatever_its_size(lab: Context) -> None
     assert claim.probes(lab, network)[2:] == pytest.approx([nothing] * 3)
 
 
+def steps_cost(lab: Context, rule: Rule) -> float:
+    return greedy_rules.multiply_adds(lab, applied(lab, rule), all_blocks)
+
+
 def test_multiply_adds_are_those_counted_by_hand(lab: Context) -> None:
     """Forwards, weights and inputs take n·d·d' each; no one asks for the gradient of a block's input."""
     pixels, width, classes, n = math.prod(lab.data.shape), 16, lab.data.classes, 16
@@ -348,7 +354,7 @@ def test_a_turn_leaves_what_was_trained_before_it_as_it_is(lab: Context, monkeyp
 
 
 def test_multiply_adds_of_sequential_training_are_those_of_all_its_turns(lab: Context) -> None:
-    """Every turn: forwards through what is frozen, twice that through the block (no gradient of its input), three times through its head."""
+    """Every turn: forwards through what is frozen, twice through the block (no gradient of its input), three times through its head."""
     pixels, width, classes, n = math.prod(lab.data.shape), 16, lab.data.classes, 16
     first, between, readout = n * pixels * width, n * width * width, n * width * classes
     rule = Rule("pred", 1, schedule="sequential")
@@ -380,7 +386,7 @@ def test_times_are_told_in_units_of_backpropagation() -> None:
 
 
 def test_rules_that_are_trained() -> None:
-    """Where backpropagation works, pred at every block size and both schedules, the rest at once; where it is locked, single layers and pred."""
+    """Where backpropagation works, pred at every block size and both schedules, the rest at once; where locked, single layers and pred."""
     for scale, similarity in (("quick", [1]), ("paper", [1, 2, 3])):
         asked = config(NAME, f"scale={scale}")
         free, locked = (set(greedy_rules.trained(asked, 12, locked)) for locked in (False, True))
@@ -394,27 +400,39 @@ def test_rules_that_are_trained() -> None:
         }
 
 
-def test_every_rule_is_trained_at_the_rate_that_tells_most_training_images_right() -> None:
-    rows = small_rows(NAME)
-    tried, trained = rows[rows["part"] == "rates"], pick(rows, "test_accuracy", part="training")
+def test_every_rule_is_trained_at_the_rate_that_tells_most_training_images_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, train = {}, Context.train
+
+    def recorded(lab: Context, network: torch.nn.Module, name: str, seed: int, *others: object, config: TrainingConfig, **named: object):
+        if seed == 0:  # the network that rates are tried on is the next
+            used[name.rpartition(", seed")[0]] = (float(config.optimizer == "adam"), config.lr)
+        return train(lab, network, name, seed, *others, config=config, **named)
+
+    monkeypatch.setattr(Context, "train", recorded)
+    rows = claim.measure(small_context(NAME, "grid.train_depths=[4]", "grid.train_seeds=1"))
     keys = ["chain", "depth", *claim.RULE]
-    assert set(tried["net_seed"]).isdisjoint(trained["net_seed"])
+    tried = pick(rows, "train_accuracy", part="rates")
+    assert set(tried["net_seed"]) == {1}
     assert tried.groupby(keys).size().unique() == [2]
-    best = tried.loc[tried.groupby(keys)["value"].idxmax()].set_index(keys)[["optimizer", "rate"]]
-    used = trained[trained["net_seed"] == 0].set_index(keys)[["optimizer", "rate"]]
-    pd.testing.assert_frame_equal(used.sort_index(), best.sort_index())
-    assert set(best["optimizer"]) == {"sgd", "adam"}
+    assert set(tried["optimizer"]) == {"sgd", "adam"}
+    best = tried.loc[tried.groupby(keys)["value"].idxmax()]
+    expected = {
+        f"{row.chain}, depth {row.depth}, {row.loss} {row.block} {row.hidden} {row.schedule}": (float(row.optimizer == "adam"), row.rate)
+        for row in best.itertuples()
+    }
+    assert used == expected
+    told = claim.chosen_rates(rows).reset_index()
+    names = told.apply(lambda row: f"{row.chain}, depth {row.depth}, {row.loss} {row.block} {row.hidden} {row.schedule}", axis=1)
+    assert dict(zip(names, zip(told["adam"], told["learning_rate"], strict=True), strict=True)) == expected
 
 
 def test_at_quick_every_rule_is_tried_at_four_rates_of_each_optimiser() -> None:
     tried = greedy_rules.rates(config(NAME, "scale=quick"))
-    assert [(rate.optimizer, rate.lr) for rate in tried if rate.at_edge] == [("sgd", 0.01), ("sgd", 1.25), ("adam", 0.0005), ("adam", 0.032)]
-    assert [(rate.optimizer, rate.lr) for rate in tried if not rate.at_edge] == [
-        *(("sgd", rate) for rate in (0.05, 0.25)),
-        *(("adam", rate) for rate in (0.002, 0.008)),
-    ]
-    assert tried[1].of(config(NAME).training).lr == 0.05
-    assert tried[-1].of(config(NAME).training).optimizer == "adam"
+    rates = {optimizer: [rate.lr for rate in tried if rate.optimizer == optimizer] for optimizer in ("sgd", "adam")}
+    assert rates["sgd"] == pytest.approx([0.01, 0.05, 0.25, 1.25])
+    assert rates["adam"] == [0.0005, 0.0025, 0.0125, 0.0625]
+    assert [rate.at_edge for rate in tried] == [True, False, False, True] * 2
+    assert tried[-1].of(config(NAME).training) == replace(config(NAME).training, optimizer="adam", lr=0.0625)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +451,10 @@ def test_how_far_a_rate_is_to_be_trusted(accuracies: tuple[float, ...], chosen: 
     tried = [greedy_rules.Rate("sgd", lr, at_edge) for lr, at_edge in ((0.1, True), (1.0, False), (10.0, True))]
     found = dict(zip(tried, accuracies, strict=True))
     assert greedy_rules.best(found) == tried[chosen]
-    assert greedy_rules.tuned(found, 10) == trust
+    told = greedy_rules.told(found, 10)
+    assert (told["learning_rate"], told["adam"], told["at_edge"]) == (tried[chosen].lr, 0.0, float(tried[chosen].at_edge))
+    rows = after(small_rows(NAME), [put(quantity, value) for quantity, value in told.items()])
+    assert set(claim.chosen_rates(rows)["tuned"]) == {trust}
 
 
 @pytest.mark.parametrize(("data", "count"), [("mnist", 4), ("cifar10", 7), ("fashion_mnist", 0)])
