@@ -159,7 +159,7 @@ def _lock(axis: Axes, flows: pd.DataFrame) -> None:
     axis.axhline(THOUSANDTH, color="0.3", linewidth=0.9, linestyle=":", label="locked below")
     axis.set_yscale("symlog")
     axis.set(ylabel="ln ‖g_1‖/‖g_{L−1}‖ (nats)")
-    axis.set_ylim(top=100)
+    axis.set_ylim(-30, 100)
     axis.legend(handles=axis.get_lines()[-2:], loc="upper right")
     title(axis, "locked both ways, small: trained")
 
@@ -187,11 +187,11 @@ def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
     for marker, (chain, what) in zip(MARKERS, CHAINS.items(), strict=False):
         at = points[points["chain"] == chain]
         colours = ["k" if loss == "backprop" else f"C{LOCAL.index(loss)}" for loss in at["loss"]]
-        axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0)
-        axis.plot([], [], marker, color="0.4", label=what)
+        axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0, label=what)
     axis.plot([0, 1], [0, 1], color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1))
-    axis.legend(loc="upper left", handletextpad=0.1)
+    for handle in axis.legend(loc="lower right", handletextpad=0.1).legend_handles:
+        handle.set_color("0.4")
     title(axis, "test accuracy, all rules")
 
 
