@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -189,9 +190,9 @@ def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
         colours = ["k" if loss == "backprop" else f"C{LOCAL.index(loss)}" for loss in at["loss"]]
         axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0, label=what)
     axis.plot([0, 1], [0, 1], color="0.3", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1))
-    for handle in axis.legend(loc="lower right", handletextpad=0.1).legend_handles:
-        handle.set_color("0.4")
+    axis.set(xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1.6))
+    for collection in axis.legend(loc="upper left", handletextpad=0.1).findobj(PathCollection):
+        collection.set(color="0.4")
     title(axis, "test accuracy, all rules")
 
 
