@@ -3,90 +3,81 @@
 Blocks of k layers, each trained by a loss of its own on features whose past is cut off: a linear head, similarity matching and predsim
 (Nøkland & Eidnes 2019), all blocks at once or one after the other, and heads with hidden layers (Belilovsky et al. 2019). Whether ∇θ_l
 depends on any later layer; whether the gradient reaches the first layer, before and after the training; the accuracy where backpropagation
-works and where it is locked, each loss at a learning rate of its own; the multiply-adds that each takes. Backpropagation is the rule whose
-one block is the whole chain.
+works and where it is locked, every rule at a learning rate of its own, and what a linear probe tells from every hidden layer beside it;
+the multiply-adds that each takes. Backpropagation is the rule whose one block is the whole chain.
 """
 
+import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
-from typing import Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from experiments import greedy_published
+from experiments.forward_backward import latch
+from experiments.greedy_rules import (
+    LOCAL,
+    RULE,
+    Rate,
+    Rule,
+    all_at_once,
+    applied,
+    best,
+    costs,
+    paces,
+    rates,
+    told,
+    train,
+    trained,
+    turn_count,
+)
 from src.chain import cut
-from src.config import Config, Criterion, ModelConfig, TrainingConfig, require
+from src.config import Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.models.layers import Layers
 from src.plan import Work
+from src.probe import probe_accuracy
 from src.rows import Row, measured, pick
-from src.statistics import Estimate, greatest, t_interval
-from src.training.local import Blockwise, LocalLoss, OneBlock, all_blocks, blockwise, end_to_end_block, gradients, later_influence, shares
-from src.training.loop import Objective, planned_steps
+from src.statistics import Estimate, greatest, paired, t_interval
+from src.training.local import Blockwise, gradients, later_influence
+from src.training.loop import planned_steps
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
-Loss = LocalLoss | Literal["backprop"]
-Schedule = Literal["simultaneous", "sequential"]
-LOCAL: tuple[LocalLoss, ...] = get_args(LocalLoss)
+log = logging.getLogger(__name__)
 
 QUANTITIES = {
     "later_influence": "‖∇θ_l − ∇θ_l'‖/‖∇θ_l‖ when every stage after a border is drawn anew, the largest over the stages l before it",
     "log_gradient": "ln ‖∇θ_l‖ of the sum of all blocks' losses, nats",
     "flow": "½ ln mean ‖g‖² behind the first stage minus before the last, by backpropagation through the chain, nats",
+    "scale": "ln of the root mean square of the last hidden layer's states, nats",
     "separation": "½ ln of the share of Σ‖h‖² of the last hidden layer that differs between images, nats: 0 or less",
+    "probe_accuracy": "share of test images that ridge regression on a hidden layer, fitted to the training images, tells right",
     "parameters": "parameters of the chain",
     "auxiliary_parameters": "parameters of the heads, which are thrown away after training",
-    "learning_rate": "that the loss was found to train best at, on a network of which nothing else is measured",
     "multiply_adds": "multiply-adds of the matrix products and convolutions of the whole training",
+    "learning_rate": "at which a rule tells most training images right, of those tried, on a network of which nothing else is measured",
+    "adam": "1 where that is Adam's, 0 where it is SGD's",
+    "at_edge": "1 where it is the least or the greatest that its optimiser is tried at, else 0",
+    "at_chance": "1 where even at it less than twice as many training images are told right as by guessing, else 0",
     "train_accuracy": "share of training images told right",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
 }
-# Published test errors in percent. Nøkland & Eidnes 2019: an MLP with three hidden layers, of 1024 units on MNIST and of 3000 on CIFAR-10
-# (2.9 and 27.3 million parameters); Belilovsky et al. 2019: a CNN with k = 1, 2, 3, accuracies 88.3/90.4/91.7%.
-NOKLAND: dict[str, dict[Loss, float]] = {
-    "mnist": {"backprop": 0.75, "pred": 0.68, "sim": 0.80, "predsim": 0.62},
-    "cifar10": {"backprop": 33.56, "pred": 32.33, "sim": 33.48, "predsim": 30.93},
-}
-BELILOVSKY = {"cifar10": {1: 11.7, 2: 9.6, 3: 8.3}}
-# tanh chains by (σw², σb²). χ = 1: neither gradients nor differences between images vanish. χ < 1 without biases: both shrink, but so do
-# the states, whose directions still tell the images apart. χ < 1 with biases: all images end up in one state besides.
-CHAINS = {"critical": (1.0, 0.0), "vanishing": (0.2, 0.0), "collapsing": (0.2, 0.2)}
+# tanh chains by (σw², σb²). critical, χ = 1: neither gradients nor differences between images vanish. vanishing, χ < 1 without biases: both
+# shrink, and the states with them. collapsing, χ < 1 with biases: states keep their size, and all images end up in one. latched: behind the
+# first layer each is h ↦ tanh(6h), so that states run to ±1 and stay apart, and no gradient goes through.
+CHAINS = {"critical": (1.0, 0.0), "vanishing": (0.15, 0.0), "collapsing": (0.2, 0.2), "latched": (1.0, 0.0)}
+LATCH = 6.0
 SETTING = ["chain", "depth"]
-RULE = ["loss", "block", "hidden", "schedule"]
+LABELS = ["locked", "locked_forwards"]
 THOUSANDTH = -math.log(1000)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a chain is trained: columns of every row.
-
-    Args:
-        loss: of each block; backprop: one block of all stages, and no other head.
-        block: stages between two borders that no gradient crosses.
-        hidden: layers of a head before its linear classifier; k = 1 + hidden is that of Belilovsky et al. (2019) at block 1.
-        schedule: all blocks in every step, or one after the other, each its share of the steps.
-    """
-
-    loss: Loss
-    block: int
-    hidden: int = 0
-    schedule: Schedule = "simultaneous"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A training whose test error was published, in percent."""
-
-    model: ModelConfig
-    rule: Rule
-    error: float
+FAINTEST = math.log(torch.finfo(torch.float64).tiny) / 2  # ln of the faintest error signal that counts
 
 
 def check(config: Config, data: Data) -> None:
@@ -99,62 +90,53 @@ def check(config: Config, data: Data) -> None:
     require(min(grid.train_depths) >= 3 and max(grid.train_depths) <= 32, "grid.train_depths: 3 to 32 weight layers")
     require(1 in grid.block_sizes, "grid.block_sizes: 1 among them, the layer-wise training that the claim speaks of")
     require(max(grid.block_sizes) < min(grid.train_depths), "grid.block_sizes: less than the smallest of grid.train_depths")
+    require(set(grid.similarity_blocks) <= set(grid.block_sizes), "grid.similarity_blocks: of grid.block_sizes")
     require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
     require(
         len(grid.published_widths) in (0, 3), "grid.published_widths: three, of the MLP on MNIST, the MLP on CIFAR-10 and the CNN, or none"
     )
-    steps = planned_steps(config.training, len(data.train))
-    require(steps >= max(grid.train_depths), f"training.max_steps: at least {max(grid.train_depths)}, a step a block")
+    require(planned_steps(config.training, len(data.train)) >= 2, "training.max_steps: at least 2")
 
 
 def plan(context: Context) -> list[Work]:
     """What is measured and trained."""
     config = context.config
-    grid, steps = config.grid, context.steps()
-    look = partial(_flows, context)
+    seeds, steps = config.grid.train_seeds, context.steps()
+    look = partial(probes, context)
     works = [Work(model, 2) for model in _models(config, "critical")]
-    for _, model in _settings(config):
-        works.append(Work(model, len(_losses(model)) * len(grid.rates), steps))
-        works.append(Work(model, len(_rules(config, model)) * grid.train_seeds, steps, look))
-    return [*works, *(Work(run.model, grid.train_seeds, context.steps(_long(config))) for run in _published(context))]
+    for chain, model in _settings(config):
+        for rule in _rules(config, chain, model.depth):
+            asked = turn_count(rule, model.depth) * steps
+            works += [Work(model, len(rates(config)), asked), Work(model, seeds, asked, look)]
+    return [*works, *greedy_published.works(context)]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_independence, _trainings, _published_trainings)
+    parts = (_independence, _trainings, greedy_published.trainings)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
 def _models(config: Config, chain: str) -> list[ModelConfig]:
+    """The critical chain at every depth; the others, which only depth locks, at the greatest."""
     weight_var, bias_var = CHAINS[chain]
-    return [replace(config.model, weight_var=weight_var, bias_var=bias_var, depth=depth) for depth in config.grid.train_depths]
+    depths = config.grid.train_depths if chain == "critical" else [max(config.grid.train_depths)]
+    return [replace(config.model, weight_var=weight_var, bias_var=bias_var, depth=depth) for depth in depths]
 
 
 def _settings(config: Config) -> list[tuple[str, ModelConfig]]:
     return [(chain, model) for chain in CHAINS for model in _models(config, chain)]
 
 
-def _rules(config: Config, model: ModelConfig) -> list[Rule]:
-    """Backpropagation; each local loss at each block size, all blocks at once and one after the other; pred with deeper heads."""
-    settings = product(LOCAL, config.grid.block_sizes, get_args(Schedule))
-    return [
-        Rule("backprop", model.depth),
-        *(Rule(loss, size, schedule=schedule) for loss, size, schedule in settings),
-        *(Rule("pred", 1, hidden) for hidden in config.grid.auxiliary_layers),
-    ]
+def _rules(config: Config, chain: str, depth: int) -> list[Rule]:
+    return trained(config, depth, locked=chain != "critical")
 
 
-def _losses(model: ModelConfig) -> list[Rule]:
-    """The rules by which the learning rate of each loss is chosen: single layers, all at once."""
-    return [Rule("backprop", model.depth), *(Rule(loss, 1) for loss in LOCAL)]
-
-
-def _applied(context: Context, rule: Rule, network: nn.Sequential, model: ModelConfig, seed: int) -> Blockwise:
-    """The network cut as a rule asks; the heads draw numbers of their own."""
-    if rule.loss == "backprop":
-        return end_to_end_block(network)
-    layers = Layers(model, context.generator("heads", seed))
-    return blockwise(network, rule.block, rule.loss, layers, context.data.classes, rule.hidden)
+def _network(context: Context, chain: str, model: ModelConfig, seed: int) -> nn.Sequential:
+    network = context.network(model, seed)
+    if chain == "latched":
+        latch(network, LATCH)
+    return network
 
 
 def _independence(context: Context) -> Iterator[Row]:
@@ -162,10 +144,10 @@ def _independence(context: Context) -> Iterator[Row]:
     inputs, labels = context.samples(context.data.test, context.config.grid.samples)
     for model in context.progress(_models(context.config, "critical"), "later layers drawn anew"):
         networks = [context.network(model, seed).double() for seed in range(2)]
-        for rule in _rules(context.config, model):
-            here, there = (_applied(context, rule, network, model, seed) for seed, network in enumerate(networks))
+        for rule in dict.fromkeys([*all_at_once(context.config, model.depth), *_rules(context.config, "critical", model.depth)]):
+            here, there = (applied(context, rule, network, model, seed) for seed, network in enumerate(networks))
             where = {"part": "independence", **network_columns(model, 0), **asdict(rule)}
-            yield from measured(where, **_costs(context, here, rule))
+            yield from measured(where, **costs(context, here, rule))
             for border in range(1, model.depth) if rule.schedule == "simultaneous" else ():
                 at = {"border": border, "at_border": border in here.borders, **where}
                 yield from measured(at, later_influence=later_influence(here, there, border, inputs.double(), labels))
@@ -173,52 +155,64 @@ def _independence(context: Context) -> Iterator[Row]:
 
 def _trainings(context: Context) -> Iterator[Row]:
     """Every rule from the same weights and over the same images, with what passes backwards and forwards before and after."""
-    config = context.config
+    config, seconds = context.config, defaultdict[tuple[int, Rule], list[float]](list)
     for chain, model in context.progress(_settings(config), "trainings"):
-        tried = list(_tried(context, chain, model))
-        yield from tried
-        rates = {rule.loss: _best_rate(tried, rule.loss) for rule in _losses(model)}
-        for rule, seed in product(_rules(config, model), range(config.grid.train_seeds)):
-            network, training = context.network(model, seed), replace(config.training, lr=rates[rule.loss])
-            blocks = _applied(context, rule, network, model, seed)
-            where = {"part": "training", "chain": chain, **network_columns(model, seed), **asdict(rule)}
-            before, after = ({"moment": moment, **where} for moment in ("before", "after"))
-            if rule.loss == "backprop":
-                yield from measured(before, **_flows(context, network))
-            yield from _gradients(context, blocks, rule, before)
-            outcome = _train(context, blocks, rule, training, f"{chain}, depth {model.depth}, {_named(rule)}", seed)
-            yield from measured(where, learning_rate=training.lr, **outcome)
-            if not outcome["diverged"]:
-                yield from measured(after, **_flows(context, network))
-                yield from _gradients(context, blocks, rule, after)
+        for rule in _rules(config, chain, model.depth):
+            at = {"chain": chain, **asdict(rule)}
+            tried = _tried(context, chain, model, rule)
+            where = {"part": "rates", **at, **network_columns(model, config.grid.train_seeds)}
+            for rate, accuracy in tried.items():
+                yield from measured({"optimizer": rate.optimizer, "rate": rate.lr, **where}, train_accuracy=accuracy)
+            yield from measured(where, **told(tried, context.data.classes))
+            training = best(tried).of(config.training)
+            for seed in range(config.grid.train_seeds):
+                network = _network(context, chain, model, seed)
+                blocks = applied(context, rule, network, model, seed)
+                where = {"part": "training", **at, **network_columns(model, seed)}
+                before, after = ({"moment": moment, **where} for moment in ("before", "after"))
+                if rule.loss == "backprop":
+                    yield from _looks(context, network, before)
+                yield from _gradients(context, blocks, rule, before)
+                outcome = train(context, blocks, rule, training, f"{chain}, depth {model.depth}", seed)
+                seconds[model.depth, rule].append(outcome.seconds)
+                yield from measured(where, **outcome.metrics)
+                if not outcome.metrics["diverged"]:
+                    yield from _looks(context, network, after)
+                    yield from _gradients(context, blocks, rule, after)
+    # no row holds a time: the same seed must give the same rows
+    for line in paces(seconds):
+        log.info(line)
 
 
-def _tried(context: Context, chain: str, model: ModelConfig) -> Iterator[Row]:
-    """The accuracy on training images of every loss at every learning rate, on a network of which nothing else is measured."""
-    grid, training = context.config.grid, context.config.training
-    seed = grid.train_seeds
-    for rule, rate in product(_losses(model), grid.rates):
-        lr = rate * training.lr
-        blocks = _applied(context, rule, context.network(model, seed), model, seed)
-        outcome = _train(
-            context, blocks, rule, replace(training, lr=lr), f"{chain}, depth {model.depth}, {_named(rule)}, rate {lr:g}", seed
-        )
-        where = {"part": "rates", "chain": chain, "rate": lr, **network_columns(model, seed), **asdict(rule)}
-        yield from measured(where, train_accuracy=outcome["train_accuracy"])
+def _tried(context: Context, chain: str, model: ModelConfig, rule: Rule) -> dict[Rate, float]:
+    """The accuracy on training images that a rule reaches at every learning rate, on a network of which nothing else is measured."""
+    seed, accuracies = context.config.grid.train_seeds, {}
+    for rate in rates(context.config):
+        blocks = applied(context, rule, _network(context, chain, model, seed), model, seed)
+        name = f"{chain}, depth {model.depth}, {rate.optimizer} at {rate.lr:g}"
+        accuracies[rate] = train(context, blocks, rule, rate.of(context.config.training), name, seed).metrics["train_accuracy"]
+    return accuracies
 
 
-def _best_rate(tried: Sequence[Row], loss: Loss) -> float:
-    """The rate of the highest accuracy, the first of those that tie."""
-    rate: float = max((row for row in tried if row["loss"] == loss), key=lambda row: float(row["value"]))["rate"]
-    return rate
-
-
-def _flows(context: Context, network: nn.Sequential) -> dict[str, float]:
-    """What passes backwards by backpropagation, and what of the images forwards."""
+def _looks(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
+    """What passes through a chain either way, in float64, and what a linear probe tells from each of its hidden layers."""
     inputs, _ = context.samples(context.data.test, context.config.grid.samples)
-    signals = context.error_signals(network)
-    states = cut(network, None, torch.float64, "eval").states(inputs.double())
-    return {"flow": signals[1] - signals[len(network) - 1], "separation": separation(states[-2])}
+    signals, (*_, states, _) = context.error_signals(network), cut(network, None, torch.float64, "eval").states(inputs.double())
+    first, last = (max(signals[stage], FAINTEST) for stage in (1, len(network) - 1))
+    yield from measured(where, flow=first - last, scale=scale(states), separation=separation(states))
+    for layer, accuracy in enumerate(probes(context, network), start=1):
+        yield from measured({"layer": layer, **where}, probe_accuracy=accuracy)
+
+
+@torch.no_grad()
+def probes(context: Context, network: nn.Sequential) -> list[float]:
+    """The accuracy of a linear probe of each hidden layer, fitted to all training images."""
+    data, accuracies = context.data, []
+    train_states, test_states = (data.standardise(split.images) for split in (data.train, data.test))
+    for stage in network[:-1]:
+        train_states, test_states = stage(train_states), stage(test_states)
+        accuracies.append(probe_accuracy(train_states.double(), data.train.labels, test_states.double(), data.test.labels, data.classes))
+    return accuracies
 
 
 def _gradients(context: Context, blocks: Blockwise, rule: Rule, where: Row) -> Iterator[Row]:
@@ -230,92 +224,26 @@ def _gradients(context: Context, blocks: Blockwise, rule: Rule, where: Row) -> I
         yield from measured({"layer": layer, **where}, log_gradient=math.log(norm))
 
 
+def scale(states: Tensor) -> float:
+    """½ ln of the mean square of the states of a batch, nats."""
+    return float(states.square().mean().log()) / 2
+
+
 def separation(states: Tensor) -> float:
     """½ ln Σ_n‖h_n − h̄‖² / Σ_n‖h_n‖², nats: what of the states of a batch tells its images apart."""
     return float(((states - states.mean(0)).norm() / states.norm()).log())
 
 
-def _train(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig, name: str, seed: int) -> dict[str, float]:
-    """Train by a rule, turn by turn; the metrics after the last."""
-    for turn, (objective, steps) in enumerate(_turns(context, model, rule, training), start=1):
-        config = replace(training, max_steps=steps)
-        outcome = context.train(model, f"{name}, seed {seed}, turn {turn}", seed, objective, config=config)
-    return outcome.metrics()
-
-
-def _costs(context: Context, model: Blockwise, rule: Rule) -> dict[str, float]:
-    """What a training by a rule takes: the same for every chain of that depth and every seed."""
-    turns = _turns(context, model, rule, context.config.training)
-    return {
-        "multiply_adds": sum(steps * _multiply_adds(context, model, objective) for objective, steps in turns),
-        "parameters": _size(model.blocks),
-        "auxiliary_parameters": _size(model.heads),
-    }
-
-
-def _size(modules: nn.Module) -> float:
-    return float(sum(parameter.numel() for parameter in modules.parameters()))
-
-
-def _named(rule: Rule) -> str:
-    return " ".join(str(value) for value in asdict(rule).values())
-
-
-def _turns(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig) -> list[tuple[Objective, int]]:
-    """What is minimised, and for how many steps: as many in all by every rule."""
-    steps = context.steps(training)
-    if rule.schedule == "simultaneous":
-        return [(all_blocks, steps)]
-    return [(OneBlock(index), share) for index, share in enumerate(shares(steps, len(model.blocks)))]
-
-
-def _multiply_adds(context: Context, model: Blockwise, objective: Objective) -> float:
-    """Of one step, forwards and backwards."""
-    split, size = context.data.train, context.config.training.batch_size
-    with FlopCounterMode(display=False) as counter:
-        objective(model, context.data.standardise(split.images[:size]).double(), split.labels[:size]).backward()
-    return counter.get_total_flops() / 2
-
-
-def _long(config: Config) -> TrainingConfig:
-    """The published trainings': Adam from 5e-4 (Nøkland & Eidnes 2019), though with a cosine and without their augmentation and dropout."""
-    return replace(config.training, optimizer="adam", lr=5e-4, epochs=config.grid.published_epochs, max_steps=None)
-
-
-def _published(context: Context) -> list[Published]:
-    """The trainings whose error was published for this data set: 3 dense hidden layers, and a VGG-like net of 8 weight layers."""
-    data, widths = context.data.name, context.config.grid.published_widths
-    if not widths or data not in NOKLAND:
-        return []
-    *dense_widths, channels = widths
-    base = replace(context.config.model, activation="relu", weight_var=2.0, bias_var=0.0, norm="batch")
-    dense = replace(base, depth=4, width=dict(zip(NOKLAND, dense_widths, strict=True))[data])
-    conv = replace(base, family="vgg", depth=8, width=channels)
-    return [
-        *(Published(dense, Rule(loss, 4 if loss == "backprop" else 1), error) for loss, error in NOKLAND[data].items()),
-        *(Published(conv, Rule("pred", 1, k - 1, "sequential"), error) for k, error in BELILOVSKY.get(data, {}).items()),
-    ]
-
-
-def _published_trainings(context: Context) -> Iterator[Row]:
-    """Long trainings beside their published errors; none unless `grid.published_widths` asks for them."""
-    for run, seed in context.progress(list(product(_published(context), range(context.config.grid.train_seeds))), "published trainings"):
-        blocks = _applied(context, run.rule, context.network(run.model, seed), run.model, seed)
-        where = {"part": "published", "published": run.error, **network_columns(run.model, seed), **asdict(run.rule)}
-        name = f"published, {run.model.family}, {_named(run.rule)}"
-        yield from measured(where, **_train(context, blocks, run.rule, _long(context.config), name, seed))
-
-
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    nets = _with_locks(pick(rows, "test_accuracy", part="training"), rows)
+    nets = _with_labels(pick(rows, "test_accuracy", part="training"), rows)
+    probed = _with_labels(_last_probes(rows), rows)
     backprop, local = nets.query("loss == 'backprop'"), nets.query("loss != 'backprop'")
     linear = local.query("hidden == 0")
     layerwise = linear.query("block == 1")
     against_backprop = _gaps(local, backprop)
     single = against_backprop.query("block == 1 and hidden == 0 and schedule == 'simultaneous'")
-    larger = _gaps(linear.query("block > 1"), layerwise, ["loss", "schedule"])
-    deeper = _gaps(local.query("hidden > 0"), layerwise, ["loss", "schedule"])
+    learnt = probed.query("moment == 'after' and loss != 'backprop'")
     cells = {
         "no_backprop_through": _influence(rows, ["loss", "hidden", "block"]),
         "no_gradient_across_borders": _influence(rows, ["loss", "hidden", "block", "at_border"]),
@@ -326,13 +254,16 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "avoids_locking": against_backprop,
         **{f"avoids_locking_{loss}": single.query("loss == @loss") for loss in LOCAL},
         "avoids_backward_only": against_backprop,
+        "layers_learn": _gaps(learnt, probed.query("moment == 'after' and loss == 'backprop'")),
+        "better_than_untrained": _gaps(learnt, probed.query("moment == 'before'")),
+        "readout_tells": _gaps(local, learnt, RULE),
         "suboptimal": _largest_deficit(layerwise.query("schedule == 'sequential' and not locked"), backprop),
-        "suboptimal_at_equal_updates": _largest_deficit(layerwise.query("schedule == 'simultaneous' and not locked"), backprop),
-        "costs_little_unlocked": against_backprop.query("schedule == 'simultaneous' and not locked"),
-        "larger_blocks": larger.query("not locked"),
-        "deeper_heads": deeper.query("not locked"),
-        "published_mlp": _published_cells(rows, "mlp"),
-        "published_greedy_cnn": _published_cells(rows, "vgg"),
+        "suboptimal_simultaneous": _largest_deficit(layerwise.query("schedule == 'simultaneous' and not locked"), backprop),
+        "costs_little_unlocked": against_backprop,
+        "larger_blocks": _gaps(linear.query("block > 1"), layerwise, ["loss", "schedule"]),
+        "deeper_heads": _gaps(local.query("hidden > 0"), layerwise, ["loss", "schedule"]),
+        "published_mlp": greedy_published.cells(rows, "mlp"),
+        "published_greedy_cnn": greedy_published.cells(rows, "vgg"),
     }
     return judge_forms("greedy_layerwise", criteria, cells)
 
@@ -359,46 +290,51 @@ def _first_gradient(rows: pd.DataFrame, moment: str) -> pd.DataFrame:
 def _lasting(rows: pd.DataFrame) -> pd.DataFrame:
     """What passes backwards after backpropagation, over seeds, and whether the setting was locked before."""
     flows = pick(rows, "flow", loss="backprop", moment="after")
-    return cells_by(_with_locks(flows, rows), [*SETTING, "locked", "collapsed"], t_interval)
+    return cells_by(_with_labels(flows, rows), [*SETTING, *LABELS, "tuned"], t_interval)
 
 
-def _with_locks(nets: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Beside each net whether its setting lets less than a thousandth pass back or forwards, before backpropagation."""
-    for column, quantity in (("locked", "flow"), ("collapsed", "separation")):
-        means = pick(rows, quantity, loss="backprop", moment="before").groupby(SETTING)["value"].mean()
-        nets = nets.join((means < THOUSANDTH).rename(column), on=SETTING)
-    return nets
+def _last_probes(rows: pd.DataFrame) -> pd.DataFrame:
+    """The probes of the last hidden layers."""
+    probes = pick(rows, "probe_accuracy")
+    return probes[probes["layer"] == probes["depth"] - 1]
 
 
-def _paired(nets: pd.DataFrame, others: pd.DataFrame, shared: Sequence[str] = ()) -> pd.DataFrame:
-    """Accuracy of each net minus that of the other of its setting, its seed and its `shared` columns."""
-    keys = [*SETTING, "net_seed", *shared]
-    pairs = nets.merge(others[[*keys, "value"]], on=keys, suffixes=("", "_other"), validate="many_to_one")
-    return pairs.assign(value=pairs["value"] - pairs["value_other"])
+def chosen_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The learning rate by setting and rule; `tuned`: chance where it tells nothing, edge where one beyond may be better, else inner."""
+    told = rows[(rows["part"] == "rates") & (rows["quantity"] != "train_accuracy")]
+    found = told.pivot(index=[*SETTING, *RULE], columns="quantity", values="value")
+    return found.assign(tuned=np.select([found["at_chance"] == 1, found["at_edge"] == 1], ["chance", "edge"], "inner"))
+
+
+def _with_labels(nets: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Beside each net how its rate is to be trusted, and the labels of its setting.
+
+    locked: less than a thousandth of ‖g‖ comes back; locked_forwards: images differ by less than a thousandth.
+    """
+    quantities = ("flow", "scale", "separation")
+    means = {name: pick(rows, name, loss="backprop", moment="before").groupby(SETTING)["value"].mean() for name in quantities}
+    labels = {"locked": means["flow"] < THOUSANDTH, "locked_forwards": means["scale"] + means["separation"] < THOUSANDTH}
+    return nets.join(pd.DataFrame(labels), on=SETTING).join(chosen_rates(rows)["tuned"], on=[*SETTING, *RULE])
 
 
 def _gaps(nets: pd.DataFrame, others: pd.DataFrame, shared: Sequence[str] = ()) -> pd.DataFrame:
-    """Accuracy of every rule minus the others', paired by seed; beside it the others' accuracy."""
-    pairs = _paired(nets, others, shared)
-    pairs["against"] = pairs.groupby([*SETTING, *RULE])["value_other"].transform("mean")
-    return cells_by(pairs, [*SETTING, "locked", "collapsed", *RULE, "against"], t_interval)
+    """The value of every rule minus the others' of the setting and seed; beside it the others', and how far both rates are trusted."""
+    on = [*SETTING, "net_seed", *shared]
+    trust = others.drop_duplicates(on).set_index(on)["tuned"].rename("tuned_other")
+    pairs = paired(nets, others, on).join(trust, on=on)
+    pairs["other"] = pairs.groupby([*SETTING, *RULE])["value_other"].transform("mean")
+    return cells_by(pairs, [*SETTING, *LABELS, *RULE, "other", "tuned", "tuned_other"], t_interval)
 
 
 def _largest_deficit(nets: pd.DataFrame, backprop: pd.DataFrame) -> pd.DataFrame:
     """The largest mean of backpropagation minus a rule over m rules and settings, in a simultaneous interval (Bonferroni, 1 − 5%/m)."""
-    tried = [-gaps["value"] for _, gaps in _paired(nets, backprop).groupby([*SETTING, *RULE])]
-    bounds = [t_interval(deficits, 1 - 0.05 / len(tried)) for deficits in tried]
+    groups = paired(nets, backprop, [*SETTING, "net_seed"]).groupby([*SETTING, *RULE, "tuned"])
+    bounds = {at: t_interval(-gaps["value"], 1 - 0.05 / len(groups)) for at, gaps in groups}
     if not bounds:
         return pd.DataFrame()
-    value, lo, hi = (max(getattr(bound, limit) for bound in bounds) for limit in ("value", "lo", "hi"))
-    return pd.DataFrame([cell(Estimate(value, lo, hi, bounds[0].n, "Bonferroni"), rules_and_settings=len(tried))])
-
-
-def _published_cells(rows: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Test error over the published one, over seeds; beside it both, in percent."""
-    nets = pick(rows, "test_accuracy", part="published", family=family)
-    if nets.empty:
-        return nets
-    errors = nets.assign(error=100 * (1 - nets["value"]))
-    errors["measured"] = errors.groupby(RULE)["error"].transform("mean")
-    return cells_by(errors.assign(value=errors["error"] / errors["published"]), [*RULE, "published", "measured"], t_interval)
+    at = max(bounds, key=lambda at: bounds[at].value)
+    value, lo, hi = (max(getattr(bound, limit) for bound in bounds.values()) for limit in ("value", "lo", "hi"))
+    largest = dict(zip([*SETTING, *RULE, "tuned"], at, strict=True))
+    return pd.DataFrame(
+        [cell(Estimate(value, lo, hi, bounds[at].n, "Bonferroni", bounds[at].freedom), rules_and_settings=len(bounds), **largest)]
+    )

@@ -1,57 +1,70 @@
-"""Figure and table of greedy_layerwise: what later layers do to a gradient, and accuracy and cost against backpropagation."""
+"""Figure and table of greedy_layerwise: what later layers do to a gradient; accuracy, probes and cost against backpropagation."""
 
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.greedy_layerwise import LOCAL, RULE, THOUSANDTH, Schedule
-from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from experiments.greedy_layerwise import SETTING, THOUSANDTH, chosen_rates
+from experiments.greedy_rules import LOCAL, RULE, Schedule
+from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
+from src.statistics import t_interval
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 COSTS = {"multiply_adds": "multiply-adds, 10⁹", "parameters": "parameters", "auxiliary_parameters": "auxiliary parameters"}
-CHAINS = {"critical": "not locked", "vanishing": "locked backwards", "collapsing": "locked both ways"}
+CHAINS = {
+    "critical": "not locked",
+    "latched": "locked backwards only",
+    "vanishing": "locked both ways, small",
+    "collapsing": "locked both ways, alike",
+}
 K = "layers a block, k"
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Nine panels: influence, gradients, accuracy of three chains, the lock afterwards, multiply-adds, parameters, accuracy and cost."""
+    """Twelve panels: influence, gradients, accuracy of four chains, the lock afterwards, probes, multiply-adds, parameters, cost."""
     depth = int(rows.loc[rows["part"] == "training", "depth"].max())
-    nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)]
+    trust = chosen_rates(rows)["tuned"]
+    nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)].join(trust, on=[*SETTING, *RULE])
     accuracies = pick(nets, "test_accuracy", part="training")
     costs = _costs(nets)
-    with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
+    with panels(rows, count=12, columns=3, height=2.4) as (figure, axes):
         _influence(axes[0], pick(nets, "later_influence"))
         _gradients(axes[1], pick(nets, "log_gradient", chain="vanishing", moment="before"))
-        for axis, (chain, what) in zip(axes[2:5], CHAINS.items(), strict=True):
-            _accuracy(axis, accuracies[accuracies["chain"] == chain], f"{what}, L = {depth}")
-        _lock(axes[5], pick(nets, "flow", chain="vanishing"))
-        _relative(axes[6], costs, "multiply-adds", "multiply-adds (backprop = 1)", "time: multiply-adds")
-        _relative(axes[7], costs, "parameters with heads", "parameters (backprop = 1)", "chain and heads in training")
-        axes[7].annotate("chain alone, every rule", (1, 1), xytext=(0, -9), textcoords="offset points", fontsize=6.5)
-        _cost(axes[8], accuracies[accuracies["chain"] == "critical"].merge(costs, on=RULE))
+        for axis, (chain, what) in zip(axes[2:6], CHAINS.items(), strict=True):
+            _accuracy(axis, accuracies[accuracies["chain"] == chain], what)
+        _lock(axes[6], pick(nets, "flow", chain="vanishing"))
+        _probes(axes[7], pick(nets, "probe_accuracy", chain="vanishing"))
+        _beside(axes[8], accuracies, pick(nets, "probe_accuracy", moment="after", layer=depth - 1))
+        _relative(axes[9], costs, "multiply-adds", "multiply-adds (backprop = 1)", "time: multiply-adds")
+        _relative(axes[10], costs, "parameters with heads", "parameters (backprop = 1)", "chain and heads in training")
+        axes[10].annotate("chain alone, every rule", (1, 1), xytext=(0, -9), textcoords="offset points", fontsize=6.5)
+        _cost(axes[11], accuracies[accuracies["chain"] == "critical"].merge(costs, on=RULE))
         rules, labels = axes[2].get_legend_handles_labels()
         figure.legend(rules, labels, loc="outside upper center", ncols=7, handlelength=2.6)
     return figure
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of every rule in every chain, and what it takes, also in units of backpropagation."""
-    at = ["depth", *RULE]
+    """Accuracy of every rule in every chain, its learning rate, a probe of the last hidden layer, and what the training takes."""
+    at, by_rule = ["depth", *RULE], [*SETTING, *RULE]
     costs = pd.concat([_costs(rows[rows["depth"] == depth]).assign(depth=depth) for depth in pick(rows, "multiply_adds")["depth"].unique()])
-    by_rule = ["chain", *at]
-    accuracies = pick(rows, "test_accuracy", part="training").groupby(by_rule, sort=False)["value"]
-    rates = pick(rows, "learning_rate", part="training").groupby(by_rule, sort=False)["value"]
-    lines = accuracies.agg(["mean", "min", "max", "size"]).join(rates.first()).reset_index().merge(costs, on=at)
-    names = {"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds", "value": "learning rate"}
-    relative = {column: f"{column} / backprop" for column in ("multiply-adds", "parameters with heads")}
-    return lines.rename(columns=names | COSTS | relative)
+    trained = pick(rows, "test_accuracy", part="training").groupby(by_rule, sort=False)["value"]
+    probes = pick(rows, "probe_accuracy", moment="after").query("layer == depth - 1").groupby(by_rule)["value"].mean()
+    rates = chosen_rates(rows)[["learning_rate", "adam", "tuned"]]
+    lines = trained.agg(["mean", "min", "max", "size"]).join([rates, probes])
+    names = {
+        **{"mean": "test accuracy", "min": "least", "max": "greatest", "size": "seeds"},
+        **{"learning_rate": "learning rate", "adam": "of Adam", "tuned": "it is", "value": "last hidden layer, probed"},
+        **{column: f"{column} / backprop" for column in ("multiply-adds", "parameters with heads")},
+    }
+    return lines.reset_index().merge(costs, on=at).rename(columns=names | COSTS)
 
 
 def _costs(nets: pd.DataFrame) -> pd.DataFrame:
@@ -70,6 +83,8 @@ def _kinds(values: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame, dict[str, 
     for place, (schedule, (index, loss)) in enumerate(product(SCHEDULES, enumerate(LOCAL))):
         chosen = values[(values["loss"] == loss) & (values["schedule"] == schedule) & (values["hidden"] == 0)]
         label = loss if schedule == "simultaneous" else f"{loss}, sequential"
+        if chosen.empty:
+            continue
         yield (
             place,
             chosen,
@@ -102,26 +117,21 @@ def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
     bottom, top = axis.get_ylim()
     axis.set_ylim(top=top + 0.35 * (top - bottom))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title(axis, "locked backwards, k = 1")
+    title(axis, "locked both ways, small; k = 1")
     axis.legend(loc="upper center", ncols=2)
 
 
 def _over_blocks(axis: Axes, values: pd.DataFrame) -> None:
-    """Every seed of every rule against the layers a block, and means with their t-intervals; −∞ at the lower edge, and then no mean."""
+    """Every seed of every rule against the layers a block, and means with their t-intervals; a ring where the rate is not to be trusted."""
     for place, nets, look in _kinds(values):
-        nets = nets.assign(x=nets["block"] + 0.06 * (place - 2.5), finite=np.isfinite(nets["value"]))
-        single = {"color": look["color"], "linestyle": "none", "alpha": 0.3}
-        known = nets[nets["finite"]]
-        axis.plot(known["x"], known["value"], marker=look["marker"], markersize=2.5, **single)
-        if not nets["finite"].all():
-            nothing = nets[~nets["finite"]]
-            axis.plot(nothing["x"], np.zeros(len(nothing)), marker="v", clip_on=False, transform=axis.get_xaxis_transform(), **single)
-        means = known[known.groupby("x")["value"].transform("size") == known["x"].map(nets.groupby("x").size())].groupby("x")["value"]
-        if not len(means):
-            continue
-        low, high = np.array([t_error(np.array(seeds)) for _, seeds in means]).T
-        mean = means.mean()
-        axis.errorbar(mean.index, mean, [mean - low, high - mean], elinewidth=0.8, markersize=3, **look)
+        nets = nets.assign(x=nets["block"] + 0.06 * (place - 2))
+        axis.plot(nets["x"], nets["value"], linestyle="none", marker=look["marker"], markersize=2.5, color=look["color"], alpha=0.3)
+        means = {x: t_interval(seeds) for x, seeds in nets.groupby("x")["value"]}
+        mean = [found.value for found in means.values()]
+        errors = [[found.value - found.lo for found in means.values()], [found.hi - found.value for found in means.values()]]
+        axis.errorbar(list(means), mean, errors, elinewidth=0.8, markersize=3, **look)
+        doubtful = nets.loc[nets["tuned"] != "inner", "x"].unique()
+        axis.plot(doubtful, [means[x].value for x in doubtful], "o", markersize=8, fillstyle="none", color=look["color"])
     axis.set_xticks(_sizes(values))
     axis.set(xlabel=K)
 
@@ -136,6 +146,8 @@ def _accuracy(axis: Axes, accuracies: pd.DataFrame, what: str) -> None:
 def _reference(axis: Axes, backprop: pd.DataFrame) -> None:
     axis.axhline(backprop["value"].mean(), color="k", linewidth=0.9, label="backprop")
     axis.axhspan(backprop["value"].min(), backprop["value"].max(), color="k", alpha=0.15, linewidth=0)
+    if (backprop["tuned"] != "inner").any():
+        axis.plot(1, backprop["value"].mean(), "o", markersize=8, fillstyle="none", color="k", transform=axis.get_yaxis_transform())
 
 
 def _lock(axis: Axes, flows: pd.DataFrame) -> None:
@@ -148,16 +160,47 @@ def _lock(axis: Axes, flows: pd.DataFrame) -> None:
     axis.axhline(THOUSANDTH, color="0.3", linewidth=0.9, linestyle=":", label="locked below")
     axis.set_yscale("symlog")
     axis.set(ylabel="ln ‖g_1‖/‖g_{L−1}‖ (nats)")
-    axis.set_ylim(top=100)
+    axis.set_ylim(-30, 100)
     axis.legend(handles=axis.get_lines()[-2:], loc="upper right")
-    title(axis, "the same, trained; ▼: −∞")
+    title(axis, "locked both ways, small: trained")
+
+
+def _probes(axis: Axes, probes: pd.DataFrame) -> None:
+    """What a linear probe tells from every hidden layer, single layers."""
+    after = probes[(probes["moment"] == "after") & (probes["schedule"] == "simultaneous")]
+    curves = {loss: after[(after["loss"] == loss) & ((after["block"] == 1) | (loss == "backprop"))] for loss in (*LOCAL, "backprop")}
+    curves["untrained"] = probes[probes["moment"] == "before"]
+    for index, (name, nets) in enumerate(curves.items()):
+        mean = nets.groupby("layer")["value"].mean()
+        colour = {"backprop": "k", "untrained": "0.6"}.get(name, f"C{index}")
+        axis.plot(mean.index, mean, linestyle=DASHES[index], marker=MARKERS[index], markersize=3, color=colour, label=name)
+    axis.set(xlabel="layer l", ylabel="accuracy of a linear probe", ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(loc="lower left", ncols=2)
+    title(axis, "the same, k = 1: probed")
+
+
+def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
+    """The chain's own readout beside a probe of its last hidden layer: a point a rule and chain."""
+    by_rule = ["chain", *RULE]
+    means = [values.groupby(by_rule)["value"].mean() for values in (probes, accuracies)]
+    points = pd.concat(means, axis=1, keys=["probe", "readout"]).reset_index()
+    for marker, (chain, what) in zip(MARKERS, CHAINS.items(), strict=False):
+        at = points[points["chain"] == chain]
+        colours = ["k" if loss == "backprop" else f"C{LOCAL.index(loss)}" for loss in at["loss"]]
+        axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0, label=what)
+    axis.plot([0, 1], [0, 1], color="0.3", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1.6))
+    for collection in axis.legend(loc="upper left", handletextpad=0.1).findobj(PathCollection):
+        collection.set(color="0.4")
+    title(axis, "test accuracy, all rules")
 
 
 def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: str) -> None:
     for _, rules, look in _kinds(costs):
         axis.plot(rules["block"], rules[column], **look)
     deeper = costs[costs["hidden"] > 0]
-    axis.plot(np.ones(len(deeper)), deeper[column], "_", color="C0", markersize=9)
+    axis.plot([1] * len(deeper), deeper[column], "_", color="C0", markersize=9)
     for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
         axis.annotate(f"+{hidden} hidden", (1, value), xytext=(6, 0), textcoords="offset points", fontsize=6, color="C0", va="center")
     axis.axhline(1, color="k", linewidth=0.9)

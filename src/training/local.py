@@ -116,6 +116,9 @@ def end_to_end_block(chain: nn.Sequential) -> Blockwise:
 def blockwise(chain: nn.Sequential, size: int, loss: LocalLoss, layers: Layers, classes: int, hidden: int = 0) -> Blockwise:
     """Cut a chain into blocks of `size` stages, the last of them perhaps smaller, and the readout as a block of its own.
 
+    The readout learns from the cross-entropy on features that are cut off, whatever the blocks' loss (as `layer_out` in the code of Nøkland
+    & Eidnes 2019, though that starts from zero).
+
     Args:
         chain: f_1 … f_L, as built, the last stage the readout; the blocks share its parameters.
         size: stages from one border to the next.
@@ -172,11 +175,6 @@ class OneBlock:
                 state = block.eval()(state)
         loss: Tensor = model.heads[self.index](model.blocks[self.index](state), labels)
         return loss
-
-
-def shares(steps: int, blocks: int) -> list[int]:
-    """Steps dealt out to blocks as evenly as can be, the first blocks getting what is left over."""
-    return [steps // blocks + (index < steps % blocks) for index in range(blocks)]
 
 
 def gradients(model: Blockwise, images: Float[Tensor, "n ..."], labels: Int64[Tensor, " n"]) -> list[Float[Tensor, " _"]]:

@@ -24,7 +24,6 @@ from src.training.local import (
     all_blocks,
     blockwise,
     end_to_end_block,
-    shares,
     similarity,
 )
 from src.training.loop import train
@@ -255,6 +254,17 @@ def test_a_turn_has_a_gradient_for_its_own_block_and_head_alone(loss: str, size:
         assert all(torch.equal(a, p.grad) for a, p in zip(own, changed.blocks[index].parameters(), strict=True))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_readout_learns_from_the_cross_entropy_on_the_last_features_whatever_the_loss(loss: str) -> None:
+    """As in the code of Nøkland & Eidnes (2019): a block of its own, with no head, on features that are cut off."""
+    model, (images, labels) = cut(1, loss), batch()
+    *_, readout = model.stages
+    assert model.losses(images, labels)[-1].item() == cross_entropy(model(images), labels).item()
+    found = torch.autograd.grad(model.losses(images, labels)[-1], list(model.parameters()), allow_unused=True)
+    reached = {id(p) for p, gradient in zip(model.parameters(), found, strict=True) if gradient is not None}
+    assert reached == {id(p) for p in readout.parameters()}
+
+
 def test_a_turn_reaches_all_blocks_before_it_where_they_are_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (images, labels) = cut(2, "pred"), batch()
     monkeypatch.setattr(torch, "no_grad", contextlib.nullcontext)
@@ -282,8 +292,3 @@ def test_one_block_of_all_stages_trains_like_plain_backpropagation() -> None:
     train(plain, small_set(), config(), rng(0))
     train(end_to_end_block(whole), small_set(), config(), rng(0), objective=all_blocks)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), whole.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(("steps", "blocks", "dealt"), [(10, 4, [3, 3, 2, 2]), (8, 4, [2, 2, 2, 2]), (4, 4, [1, 1, 1, 1]), (5, 1, [5])])
-def test_steps_are_dealt_out_evenly(steps: int, blocks: int, dealt: list[int]) -> None:
-    assert shares(steps, blocks) == dealt
