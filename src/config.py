@@ -167,6 +167,7 @@ class Grid:
     train_seeds: Count = UNSET
     train_depths: Depths = UNSET
     train_width: Count = UNSET
+    depth_steps: Count = UNSET  # of the trainings compared over depth
     train_weight_vars: Variances = UNSET
     widths: Counts = UNSET  # units of a hidden layer
     batch_sizes: Counts = UNSET  # images that a batch gradient is taken over
