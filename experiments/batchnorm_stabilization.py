@@ -263,7 +263,9 @@ def _deep(context: Context) -> list[tuple[TrainingConfig, ModelConfig]]:
     """Chains of every kind over depth and batch size, trained for `grid.depth_steps`."""
     grid, usual, images = context.config.grid, context.config.training, len(context.data.train)
     trainings = [lasting(replace(usual, batch_size=batch), grid.depth_steps, images) for batch in grid.train_batch_sizes]
-    return [(training, _net(context.config, depth=depth, **kind)) for training, depth, kind in product(trainings, grid.train_depths, CHAINS)]
+    return [
+        (training, _net(context.config, depth=depth, **kind)) for training, depth, kind in product(trainings, grid.train_depths, CHAINS)
+    ]
 
 
 def _depths(context: Context) -> Iterator[Row]:

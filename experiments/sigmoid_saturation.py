@@ -278,10 +278,11 @@ def falls(nets: pd.DataFrame, keys: list[str], quantity: str) -> pd.DataFrame:
 
 
 def _regression(means: pd.DataFrame) -> pd.Series:
-    """The 95% interval that the residuals give the slope of the second column against the first, and R²."""
+    """The 95% interval that the residuals give the slope of the second column against the first, and R²; 0 of a constant."""
     x, y = (means[column] for column in means)
     fit = slope(x, y)
-    return pd.Series({"settings": len(means), "settings_lo": fit.lo, "settings_hi": fit.hi, "r_squared": np.corrcoef(x, y)[0, 1] ** 2})
+    explained = fit.value**2 * x.var() / y.var() if y.var() > 0 else 0.0
+    return pd.Series({"settings": len(means), "settings_lo": fit.lo, "settings_hi": fit.hi, "r_squared": explained})
 
 
 def _square_slope_cells(rows: pd.DataFrame) -> pd.DataFrame:
