@@ -65,8 +65,8 @@ TOGETHER, EPSILONS, BESIDE = (2, 3, 4, 16), (1e-3, 1e-5, 1e-9, 1e-12), 8
 GAINS, GAIN_EPSILONS = np.logspace(-4.5, 4.5, 19).tolist(), (1e-5, 1e-30)
 HIDDEN_LR = ("equal", "scaled")  # of the weights behind a normalisation: one at every σw², or ∝ σw²
 LOOKED_AT = (0, 1, 2, 5, 10, 20, 50, 100)  # steps
-# trained over depth: plain BN, its control with skips, plain LN
-CHAINS: tuple[dict[str, object], ...] = ({"norm": "batch"}, {"family": "residual_mlp", "skip": "preactivation"}, {"norm": "layer"})
+# trained over depth: plain BN and its control with skips
+CHAINS: tuple[dict[str, object], ...] = ({"norm": "batch"}, {"family": "residual_mlp", "skip": "preactivation"})
 
 
 def check(config: Config, data: Data) -> None:
@@ -260,12 +260,12 @@ def _repairs(context: Context) -> Iterator[Row]:
 
 
 def _deep(context: Context) -> list[tuple[TrainingConfig, ModelConfig]]:
-    """Chains of every kind over depth and batch size, trained for `grid.depth_steps`."""
+    """BN chains, their controls with skips, and LN chains over depth and batch size, trained for `grid.depth_steps`."""
     grid, usual, images = context.config.grid, context.config.training, len(context.data.train)
-    trainings = [lasting(replace(usual, batch_size=batch), grid.depth_steps, images) for batch in grid.train_batch_sizes]
-    return [
-        (training, _net(context.config, depth=depth, **kind)) for training, depth, kind in product(trainings, grid.train_depths, CHAINS)
-    ]
+    chains = [_net(context.config, depth=depth, **kind) for depth, kind in product(grid.train_depths, CHAINS)]
+    chains += [_net(context.config, depth=depth, norm="layer") for depth in grid.layer_norm_depths]
+    trainings = (lasting(replace(usual, batch_size=batch), grid.depth_steps, images) for batch in grid.train_batch_sizes)
+    return list(product(trainings, chains))
 
 
 def _depths(context: Context) -> Iterator[Row]:

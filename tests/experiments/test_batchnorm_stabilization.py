@@ -28,6 +28,7 @@ SMALL = (
     "grid.depths=[6,8]",
     "grid.rate_depth=8",
     "grid.train_depths=[4,6]",
+    "grid.layer_norm_depths=[6]",
     "grid.depth_steps=2",
     "training.batch_size=32",
     "training.max_steps=2",
