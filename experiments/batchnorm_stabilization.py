@@ -17,25 +17,22 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from src.chain import cut
 from src.config import Config, Criterion, ModelConfig, Norm, TrainingConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.jacobian.materialised import layer_jacobian
 from src.jacobian.normalised import (
     batch_norm_growth,
     closed_form_errors,
     normalisation_jacobian,
-    normalisation_norms,
     normalised_product,
 )
-from src.locking import error_signals, growth
 from src.models.start import neutral_readout
+from src.normalised import look, middle_norm
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired, t_interval
 from src.training.loop import lasting
+from src.training.optimizer import scale_steps
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -162,30 +159,6 @@ def _gains(context: Context) -> Iterator[Row]:
                 )
 
 
-def look(network: nn.Sequential, examples: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """‖J‖ of a net's normalisations, and how the gradient goes back over its hidden layers, in train mode on one batch.
-
-    The last hidden layer is left out of the rate: its gradient comes from the readout and has been through no normalisation.
-    """
-    inputs, targets = examples
-    signals = error_signals(network, inputs, targets, "train")
-    *hidden, _ = (signals[layer] for layer in sorted(signals))
-    return {
-        "mean_norm": float(np.mean(normalisation_norms(cut(network, None, torch.float64, "train"), inputs.double()))),
-        "rate": growth(signals, last=len(signals) - 2),
-        "flow": hidden[0] - hidden[-1],
-        "range": max(hidden) - min(hidden),
-    }
-
-
-def middle_norm(network: nn.Sequential, inputs: Tensor) -> float:
-    """‖J_l‖ of the middle layer in train mode, one operator on the batch."""
-    chain = cut(network, None, torch.float64, "train")
-    states = chain.states(inputs.double().unsqueeze(0))
-    middle = len(chain.stages) // 2
-    return float(spectrum(layer_jacobian(chain.stages[middle], states[middle])).norm)
-
-
 def _initial(config: Config) -> list[tuple[int, str, ModelConfig]]:
     """Nets at every σw², at every batch size, and at every depth."""
     grid, usual = config.grid, config.training.batch_size
@@ -237,13 +210,6 @@ def _repaired(config: Config) -> list[tuple[str, ModelConfig]]:
     norms: tuple[Norm, ...] = ("batch", "none")
     nets = product(HIDDEN_LR, norms, config.grid.train_weight_vars)
     return [(lr, _net(config, norm=norm, weight_var=var, depth=8)) for lr, norm, var in nets if lr == "equal" or var != CRITICAL]
-
-
-def scale_steps(network: nn.Module, factor: float) -> None:
-    """Let SGD take `factor` times its learning rate at the weights of every dense layer but the last, the readout."""
-    *hidden, _ = (module.weight for module in network.modules() if isinstance(module, nn.Linear))
-    for weight in hidden:
-        weight.register_hook(lambda gradient: factor * gradient)
 
 
 def _repairs(context: Context) -> Iterator[Row]:

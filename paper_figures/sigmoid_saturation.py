@@ -60,15 +60,16 @@ def _norms(axis: Axes, rows: pd.DataFrame) -> None:
     regressions = falls(nets, ["varied"], "log_norm").set_index("varied")
     for k, (varied, label) in enumerate(VARIED.items()):
         own, b = nets[nets["varied"] == varied], regressions.loc[varied]
-        slope = f"slope {b['estimate']:+.2f} ± {b['hi'] - b['estimate']:.2f}".replace("-", "−")
-        _against_saturation(axis, own, "norm", k, DASHES[k], f"{label}: {slope}")
+        slope = f"slope {b['estimate']:+.2f} ± {b['hi'] - b['estimate']:.2f} (seeds)".replace("-", "−")
+        over = f"± {b['settings_hi'] - b['estimate']:.2f} over settings, R² = {b['r_squared']:.2f}"
+        _against_saturation(axis, own, "norm", k, DASHES[k], f"{label}:\n{slope}\n{over}")
         shares = np.array([0, own["saturated"].max()])
         line = own["log_norm"].mean() + b["estimate"] * (shares - own["saturated"].mean())
         axis.plot(shares, np.exp(line), color="k", linewidth=0.7)
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
     axis.set(xlabel="share of saturated units", ylabel="mean ‖J$_l$‖")
-    axis.set_ylim(top=4 * axis.get_ylim()[1])
+    axis.set_ylim(top=100 * axis.get_ylim()[1])
     title(axis, "black: regression of ln ‖J‖")
     axis.legend(loc="upper left", handlelength=1.5)
 
