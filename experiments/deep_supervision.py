@@ -6,7 +6,6 @@ heads that cancel exactly; a chain severed above its first exit; accuracy of the
 trains and where it is locked, α, k and a fading α varied.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src import mean_field
 from src.config import Activation, Config, Criterion, ModelConfig, require
@@ -25,9 +24,9 @@ from src.experiment import Context, network_columns
 from src.models.exits import MultiExit
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.statistics import least, t_interval
+from src.statistics import least, paired, slope, t_interval
 from src.training.loop import evaluate
-from src.training.objectives import DeepSupervision, exit_losses
+from src.training.objectives import DeepSupervision, split_gradients
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -45,21 +44,26 @@ QUANTITIES = {
 CHAIN = ["weight_var", "depth"]
 GRADIENT = ["part", "heads", *CHAIN, "alpha", "every", "when"]
 THEORY = ["activation", "weight_var", "bias_var"]
-SETTING = ["alpha", "every", "schedule", "boost"]
+SETTING = ["alpha", "every", "schedule", "boost", "adam"]
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Exits at every `every`-th stage, all with the weight α (constant, or fading linearly to 0), and a factor on the learning rate."""
+    """Exits at every `every`-th stage, all with the weight α (constant, or fading linearly to 0).
+
+    SGD has `boost` times the configured learning rate, unless Adam trains at the rate `adam`.
+    """
 
     alpha: float
     every: int
     schedule: Literal["none", "constant", "fading"]
     boost: float = 1.0
+    adam: float = 0.0
 
 
 PLAIN = Supervision(0.0, 0, "none")
-CONTROLLED = 6.0  # nats that ‖g‖² loses: beyond, L > 6ξ, plain training is also tried with the learning rate of all losses together
+# nats that ‖g‖² loses: beyond, L > 6ξ, plain training is also tried with the learning rate of all losses together, and by Adam
+CONTROLLED, ADAM_RATES = 6.0, (1e-3, 1e-2)
 # how convolutional nets are trained: without exits, deeply supervised, and with a single exit half-way as Inception-v3 has it
 CONVOLUTIONAL = (PLAIN, Supervision(0.03, 1, "fading"), Supervision(0.3, 4, "constant"))
 DSN_ERROR = {"cifar10": 9.69}  # by data set, in percent, without augmentation (Lee et al. 2015)
@@ -112,39 +116,15 @@ def supervise(context: Context, network: nn.Sequential, model: ModelConfig, ever
     return context.with_exits(network, model, names[every - 1 :: every] if every else [], seed)
 
 
-def objective(network: MultiExit, alpha: float, fading: int | None = None) -> DeepSupervision:
-    """ℒ_L + α Σ_l ℒ_l over all exits."""
-    return DeepSupervision(dict.fromkeys(network.exits, alpha), fading)
-
-
 def gradient_rows(context: Context, network: MultiExit, weights: Sequence[float], where: Row) -> Iterator[Row]:
-    """Yield the norms of ∇θ_1 of the first exit's loss, of the rest, of the chain's own and of all together, and the first two's cosine.
-
-    For every weight α of the exits, in float64. The whole is the gradient of the objective as it is trained, not the sum of its parts.
-    """
+    """Yield the norms of the parts of ∇θ_1, and the cosine between the first exit's and the rest, for every α."""
     images, labels = context.samples(context.data.train, context.config.grid.samples)
-    twin = copy.deepcopy(network).double().eval()
-    first, *others, final = exit_losses(twin, images.double(), labels).values()
-    of_first, of_later, of_final = (_first_stage_gradient(twin, loss) for loss in (first, sum(others, final), final))
-    for alpha in weights:
-        total = objective(twin, alpha)(twin, images.double(), labels)
-        gradients = {
-            "direct": alpha * of_first,
-            "rest": alpha * of_later + (1 - alpha) * of_final,
-            "final": of_final,
-            "total": _first_stage_gradient(twin, total),
-        }
+    for alpha, gradients in zip(weights, split_gradients(network, images, labels, weights), strict=True):
         norms = {quantity: gradient.norm() for quantity, gradient in gradients.items()}
         at = {**where, "alpha": alpha}
         yield from measured(at, **{quantity: float(norm.log()) for quantity, norm in norms.items()})
         if norms["direct"] > 0 and norms["rest"] > 0:
             yield from measured(at, cosine=float(gradients["direct"] @ gradients["rest"] / (norms["direct"] * norms["rest"])))
-
-
-def _first_stage_gradient(network: MultiExit, loss: Tensor) -> Tensor:
-    """∇θ_1 of a loss, flattened."""
-    gradients = torch.autograd.grad(loss, list(network.chain[0].parameters()), retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _gradients(context: Context) -> Iterator[Row]:
@@ -207,7 +187,7 @@ def _opposed_heads(context: Context) -> Iterator[Row]:
             gradients = partial(_along_training, context, network, setting, where)
             yield from gradients("initial")
             name = f"opposite heads, α {setting.alpha:g}, seed {seed}"
-            yield from measured(where, **context.train(network, name, seed, objective(network, setting.alpha)).metrics())
+            yield from measured(where, **context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha)).metrics())
             yield from gradients("trained")
 
 
@@ -223,17 +203,20 @@ def _trained(context: Context) -> list[tuple[ModelConfig, Supervision]]:
 
 
 def _settings(config: Config, model: ModelConfig) -> Iterator[Supervision]:
-    """No exit; α at k = 1, beside plain training whose learning rate has the factor 1 + Σα_l; k and a fading α at the largest α."""
+    """No exit; α at k = 1; k at the largest α, constant and fading; where it is locked, no exit with larger steps and by Adam."""
     grid, depth, largest = config.grid, model.depth, max(config.grid.exit_weights)
+    locked = depth * _loss(model.activation, model.weight_var, model.bias_var) > CONTROLLED
     yield PLAIN
+    yield from (replace(PLAIN, adam=rate) for rate in ADAM_RATES if locked)
     for alpha in grid.exit_weights:
         yield Supervision(alpha, 1, "constant")
-        if depth * _loss(model.activation, model.weight_var, model.bias_var) > CONTROLLED:
+        if locked:
             yield replace(PLAIN, boost=total_weight(alpha, 1, depth))
     for every in grid.exit_spacings:
         if 1 < every < depth:
             yield Supervision(largest, every, "constant")
-    yield Supervision(largest, 1, "fading")
+        if every < depth:
+            yield Supervision(largest, every, "fading")
 
 
 def _loss(activation: Activation, weight_var: float, bias_var: float) -> float:
@@ -269,8 +252,8 @@ def _training(context: Context, model: ModelConfig, setting: Supervision, seed: 
     yield from gradients("initial")
     fading = steps if setting.schedule == "fading" else None
     name = f"{model.family}, σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {seed}"
-    faster = replace(training, lr=training.lr * setting.boost)
-    outcome = context.train(network, name, seed, objective(network, setting.alpha, fading), look, faster)
+    step = {"optimizer": "adam", "lr": setting.adam} if setting.adam else {"lr": training.lr * setting.boost}
+    outcome = context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha, fading), look, replace(training, **step))
     metrics = outcome.metrics()
     yield from measured(where, **metrics)
     if outcome.status == "finished":
@@ -291,7 +274,8 @@ def _along_training(context: Context, network: MultiExit, setting: Supervision, 
 def describe(setting: Supervision) -> str:
     """A setting in words."""
     if setting.schedule == "none":
-        return "no exit" if setting.boost == 1 else f"no exit, learning rate × {setting.boost:g}"
+        step = f", Adam {setting.adam:g}" if setting.adam else "" if setting.boost == 1 else f", learning rate × {setting.boost:g}"
+        return f"no exit{step}"
     return f"α {setting.alpha:g} {setting.schedule}, k {setting.every}"
 
 
@@ -314,9 +298,11 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "unless_opposed": kept,
         "angle": cells_by(nets.query("heads == 'random'").rename(columns={"cosine": "value"}), GRADIENT, t_interval),
         "direct_share": cells_by(shares(rows), [*CHAIN, "vanished"], t_interval),
+        "share_rate": _share_rates(rows),
         "unlocks": same_rate.query("heads == 'random'"),
         "unlocks_within_reach": same_rate.query("heads == 'random'"),
         "more_than_the_step": gains.query("against == 'same weight'"),
+        "more_than_the_optimiser": gains.query("against == 'Adam'"),
         "no_harm": same_rate,
         "no_faster_early": gain_cells(rows, "early_accuracy").query("against == 'same rate'"),
         "fading": _fading_cells(rows),
@@ -369,10 +355,20 @@ def _with_losses(nets: pd.DataFrame) -> pd.DataFrame:
     return nets.assign(loss=loss, vanished=loss * nets["depth"])
 
 
+def _share_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The slope of that logarithm against depth, a slope a seed, minus −½ ln χ."""
+    slopes = pd.DataFrame(
+        {"weight_var": weight_var, "value": slope(nets["depth"], nets["value"]).value - nets["loss"].iloc[0] / 2}
+        for (weight_var, _), nets in shares(rows).groupby(["weight_var", "net_seed"])
+    )
+    return cells_by(slopes, ["weight_var"], t_interval)
+
+
 def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.DataFrame:
     """An accuracy of the chain with constant auxiliary losses minus without, paired by seed, for every chain and setting.
 
-    Against plain training with the same learning rate, and where it was done with the rate times 1 + Σα_l: the total weight of all losses.
+    Against plain training with the same learning rate; and, where they were done, with the rate times 1 + Σα_l, the total weight of all
+    losses, and by Adam at the rate that has the higher training accuracy of the chain.
 
     Returns: the cells; `vanished` = −L ln χ and `reach` = −k ln χ are the nats that ‖g‖² loses along the chain, and from exit to exit.
     """
@@ -380,27 +376,35 @@ def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.
     plain, supervised = nets.query("schedule == 'none'"), nets.query("schedule == 'constant'")
     supervised = supervised.assign(reach=supervised["every"] * supervised["loss"])
     weights = total_weight(supervised["alpha"], supervised["every"], supervised["depth"])
-    against = pd.concat([supervised.assign(against="same rate"), supervised.assign(against="same weight", boost=weights)])
+    rates = best_adam(pick(rows, "train_accuracy", part=part))
+    against = pd.concat(
+        [
+            supervised.assign(against="same rate"),
+            supervised.assign(against="same weight", boost=weights),
+            supervised[supervised["every"] == 1].drop(columns="adam").merge(rates, on=CHAIN).assign(against="Adam"),
+        ]
+    )
     keys = ["heads", *CHAIN, "alpha", "every", "vanished", "reach", "against"]
-    return cells_by(_gains(against, plain, ["heads", *CHAIN, "boost"]), keys, t_interval)
+    return cells_by(paired(against, plain, ["heads", *CHAIN, "boost", "adam", "net_seed"]), keys, t_interval)
 
 
-def _gains(nets: pd.DataFrame, others: pd.DataFrame, on: Sequence[str]) -> pd.DataFrame:
-    """The nets, each with its value minus that of the other of its seed and the columns `on`."""
-    pairs = nets.merge(others[[*on, "net_seed", "value"]], on=[*on, "net_seed"], suffixes=("", "_other"), validate="many_to_one")
-    return pairs.assign(value=pairs["value"] - pairs["value_other"])
+def best_adam(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Adam's rate of the highest mean accuracy, a line a chain."""
+    means = accuracies.query("adam > 0").groupby([*CHAIN, "adam"])["value"].mean().reset_index()
+    return means.sort_values("value").drop_duplicates(CHAIN, keep="last").drop(columns="value")
 
 
 def _fading_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of the chain with fading auxiliary losses minus with constant ones, paired by seed."""
-    nets = pick(rows, "test_accuracy", part="training", heads="random", every=1).query("alpha == alpha.max()")
-    return cells_by(_gains(nets.query("schedule == 'fading'"), nets.query("schedule == 'constant'"), CHAIN), CHAIN, t_interval)
+    nets = pick(rows, "test_accuracy", part="training", heads="random").query("alpha == alpha.max()")
+    fading, constant = nets.query("schedule == 'fading'"), nets.query("schedule == 'constant'")
+    return cells_by(paired(fading, constant, [*CHAIN, "every", "net_seed"]), [*CHAIN, "every"], t_interval)
 
 
 def _exit_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of the chain minus that of its first exit, paired by seed."""
     nets = _with_losses(pick(rows, "exit_accuracy"))
-    return cells_by(_gains(nets.query("layer == depth"), nets.query("layer == 1"), CHAIN), [*CHAIN, "vanished"], t_interval)
+    return cells_by(paired(nets.query("layer == depth"), nets.query("layer == 1"), [*CHAIN, "net_seed"]), [*CHAIN, "vanished"], t_interval)
 
 
 def _published_cells(rows: pd.DataFrame) -> pd.DataFrame:

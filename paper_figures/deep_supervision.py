@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.deep_supervision import CHAIN, SETTING, Supervision, describe, gradients_of, shares
+from experiments.deep_supervision import CHAIN, SETTING, Supervision, best_adam, describe, gradients_of, shares
 from paper_figures.style import DASHES, MARKERS, panels, title
 from src.rows import pick
 from src.statistics import paired_difference
@@ -31,7 +31,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     for (heads, weight_var, depth), nets in pick(rows, "test_accuracy", part="training").groupby(["heads", *CHAIN]):
         accuracy = nets.pivot(index="net_seed", columns=SETTING, values="value")
         for setting in accuracy:
-            gain = paired_difference(accuracy[setting], accuracy[0.0, 0, "none", 1.0])
+            gain = paired_difference(accuracy[setting], accuracy[0.0, 0, "none", 1.0, 0.0])
             of_setting = rows[(rows[["heads", *CHAIN, *SETTING]] == [heads, weight_var, depth, *setting]).all(axis=1)]
             lines.append(
                 {
@@ -87,7 +87,7 @@ def _angle(axis: Axes, rows: pd.DataFrame) -> None:
         places = of_chain["when"].map(TIMES)
         axis.plot(places + 0.02 * k, of_chain["cosine"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
         mean = of_chain["cosine"].groupby(places).mean()
-        axis.plot(mean.index + 0.02 * k, mean, DASHES[k], color=f"C{k}", label=_chain(*chain))
+        axis.plot(mean.index + 0.02 * k, mean, linestyle=DASHES[k], color=f"C{k}", label=_chain(*chain))
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(list(TIMES.values()), ["0", "¼", "1"])
     axis.set(xlabel="share of the training done", ylabel="cosine of direct part and rest", ylim=(-1, 1))
@@ -96,7 +96,7 @@ def _angle(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _weights(axis: Axes, rows: pd.DataFrame) -> None:
-    swept = "schedule == 'none' and boost == 1 or schedule == 'constant' and every == 1"
+    swept = "schedule == 'none' and boost == 1 and adam == 0 or schedule == 'constant' and every == 1"
     nets, early = _trained(rows).query(swept), _trained(rows, "early_accuracy").query(swept)
     for k, (chain, of_chain) in enumerate(nets.groupby(CHAIN)):
         _curve(axis, of_chain, "alpha", k, _chain(*chain))
@@ -114,18 +114,22 @@ def _spacings(axis: Axes, rows: pd.DataFrame) -> None:
     nets = _trained(rows)
     supervised = nets.query("schedule == 'constant' and alpha == alpha.max()")
     faded = nets.query("schedule == 'fading'")
+    plain = nets.query("schedule == 'none' and boost == 1 and adam == 0").groupby(CHAIN)["value"].mean()
+    by_adam = nets.merge(best_adam(_trained(rows, "train_accuracy")), on=[*CHAIN, "adam"]).groupby(CHAIN)["value"].mean()
     for k, (chain, of_chain) in enumerate(supervised.groupby(CHAIN)):
         _curve(axis, of_chain, "every", k, _chain(*chain))
-        end = faded.groupby(CHAIN)["value"].mean()[chain]
-        axis.plot([0.75], [end], linestyle="none", marker=MARKERS[k], markerfacecolor="none", color=f"C{k}")
-        plain = nets.query("schedule == 'none' and boost == 1").groupby(CHAIN)["value"].mean()[chain]
-        axis.axhline(plain, color=f"C{k}", linewidth=0.8, linestyle=":")
+        end = faded.groupby([*CHAIN, "every"])["value"].mean()[chain]
+        axis.plot(end.index * 0.85, end, linestyle="none", marker=MARKERS[k], markerfacecolor="none", color=f"C{k}")
+        axis.axhline(plain[chain], color=f"C{k}", linewidth=0.8, linestyle=":")
+    for k, chain in enumerate(plain.index):
+        if chain in by_adam:
+            axis.axhline(by_adam[chain], color=f"C{k}", linewidth=0.8, linestyle=(0, (6, 4)))
     axis.set_xscale("log", base=2)
     spacings = sorted(supervised["every"].unique())
     axis.set_xticks(spacings, [f"{spacing:g}" for spacing in spacings])
     axis.minorticks_off()
-    axis.set(xlabel="an exit at every k-th stage", ylabel="test accuracy of the chain", ylim=(0, 1))
-    title(axis, f"α = {supervised['alpha'].max():g}; ···: none; open: fading")
+    axis.set(xlabel=f"an exit at every k-th stage (α = {supervised['alpha'].max():g})", ylabel="test accuracy of the chain", ylim=(0, 1))
+    title(axis, "··· no exit; – – Adam; open: fading")
 
 
 def _exits(axis: Axes, rows: pd.DataFrame) -> None:

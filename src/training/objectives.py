@@ -1,9 +1,11 @@
-"""What a chain with exits minimises."""
+"""What a chain with exits minimises, and what its parts send to the first stage."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int64
+import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -31,6 +33,11 @@ class DeepSupervision:
     fading: int | None = None
     evaluations: int = 0
 
+    @classmethod
+    def alike(cls, network: MultiExit, alpha: float, fading: int | None = None) -> "DeepSupervision":
+        """All exits of a network with one weight α."""
+        return cls(dict.fromkeys(network.exits, alpha), fading)
+
     @property
     def share(self) -> float:
         """The s of the next evaluation: max(0, 1 − t/T) at evaluation t = 0, 1, … of T."""
@@ -44,3 +51,32 @@ class DeepSupervision:
             total = total + self.share * weight * losses[name]
         self.evaluations += 1
         return total
+
+
+def split_gradients(
+    network: MultiExit, images: Float[Tensor, "n ..."], labels: Int64[Tensor, " n"], weights: Sequence[float]
+) -> Iterator[dict[str, Float64[Tensor, " p"]]]:
+    """∇θ_1 of the first exit's loss and of all others, for every weight α that all exits have; in float64 and eval mode, on a copy.
+
+    Args:
+        network: its first stage has the p parameters θ_1.
+        images: one batch.
+        labels: likewise.
+        weights: the α.
+
+    Returns: for every α `direct`, α ∇θ_1 ℒ_l of the first exit l; `rest`, ∇θ_1(ℒ − α ℒ_l); `final`, ∇θ_1 ℒ_L of the chain; and `total`,
+    ∇θ_1 ℒ of the objective as it is trained, not the sum of its parts.
+    """
+    twin, images = copy.deepcopy(network).double().eval(), images.double()
+    first, *others, final = exit_losses(twin, images, labels).values()
+    of_first, of_later, of_final = (_of_first_stage(twin, loss) for loss in (first, sum(others, final), final))
+    for alpha in weights:
+        total = DeepSupervision.alike(twin, alpha)(twin, images, labels)
+        rest = alpha * of_later + (1 - alpha) * of_final
+        yield {"direct": alpha * of_first, "rest": rest, "final": of_final, "total": _of_first_stage(twin, total)}
+
+
+def _of_first_stage(network: MultiExit, loss: Float64[Tensor, ""]) -> Float64[Tensor, " p"]:
+    """∇θ_1 of a loss, flattened."""
+    gradients = torch.autograd.grad(loss, list(network.chain[0].parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])

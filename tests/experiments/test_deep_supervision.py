@@ -16,6 +16,7 @@ from src.errors import UserError
 from src.experiment import Context
 from src.models.exits import MultiExit
 from src.rows import pick
+from src.training.objectives import DeepSupervision
 from tests.experiments.measured import Change, after, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "deep_supervision"
@@ -27,6 +28,9 @@ NEAREST = {**INITIAL, "every": 1, "alpha": 1.0}
 CONSTANT, NONE = {"schedule": "constant"}, {"schedule": "none"}
 EQUAL = put("test_accuracy", 0.9, **TRAINED)
 SAME, FASTER = put("early_accuracy", 0.5), put("early_accuracy", 0.6, **CONSTANT)
+LAWFUL = put("final", lambda nets: 0.5 * nets["depth"] * np.log([mean_field.chi("tanh", w, 0.05) for w in nets["weight_var"]]), **NEAREST)
+BETTER = {"adam": 1e-2}
+BETTER_IN_TRAINING = put("train_accuracy", 1.0, **TRAINED, **LOCKED, **NONE, **BETTER)
 UNLOCKED = [EQUAL, put("test_accuracy", 0.1, **TRAINED, **LOCKED, **NONE)]
 
 
@@ -60,6 +64,8 @@ CASES = [
     ("direct_share", [put("direct", 0.0, **NEAREST), put("final", -3.0, **NEAREST)], "holds"),
     ("direct_share", [put("direct", 0.0, **NEAREST), put("final", lambda nets: -0.4 * nets["depth"], **NEAREST)], "holds_if"),
     ("direct_share", [put("direct", 0.0, **NEAREST), put("final", -1.0, **NEAREST)], "refuted"),
+    ("share_rate", [put("direct", 0.0, **NEAREST), LAWFUL], "holds"),
+    ("share_rate", [put("direct", 0.0, **NEAREST), LAWFUL, put("final", -3.0, **NEAREST, weight_var=0.5)], "refuted"),
     ("unlocks", UNLOCKED, "holds_if"),
     ("unlocks", [EQUAL, put("test_accuracy", 0.1, **TRAINED, **NONE)], "holds"),
     ("unlocks", [*UNLOCKED, put("test_accuracy", 0.12, **TRAINED, **LOCKED, **CONSTANT, every=8)], "refuted"),
@@ -67,8 +73,14 @@ CASES = [
     ("unlocks_within_reach", [*UNLOCKED, put("test_accuracy", 0.12, **TRAINED, **LOCKED, **CONSTANT, every=1, alpha=0.1)], "refuted"),
     ("more_than_the_step", UNLOCKED, "holds"),
     ("more_than_the_step", [*UNLOCKED, put("test_accuracy", 0.88, **TRAINED, **LOCKED, **NONE, boost=16.0)], "refuted"),
+    ("more_than_the_optimiser", UNLOCKED, "holds"),
+    (
+        "more_than_the_optimiser",
+        [*UNLOCKED, put("test_accuracy", 0.88, **TRAINED, **LOCKED, **NONE, **BETTER), BETTER_IN_TRAINING],
+        "refuted",
+    ),
     ("no_harm", [EQUAL], "holds"),
-    ("no_harm", [EQUAL, put("test_accuracy", 0.1, **TRAINED, **OPPOSED, **CONSTANT)], "holds_if"),
+    ("no_harm", [EQUAL, put("test_accuracy", 0.1, **TRAINED, **LOCKED, **CONSTANT)], "holds_if"),
     ("no_harm", [EQUAL, put("test_accuracy", 0.8, **TRAINED, **RANDOM, **CONSTANT, depth=4)], "refuted"),
     ("no_faster_early", [SAME], "holds"),
     ("no_faster_early", [SAME, put("early_accuracy", 0.6, **LOCKED, **CONSTANT)], "holds_if"),
@@ -158,7 +170,7 @@ def test_opposite_heads_freeze_the_first_layer_for_ever(lab: Context, optimizer:
         if alpha:
             assert measured(lab, network, alpha)["total"] == -math.inf
         assert measured(lab, network, 1.0)["direct"] > -math.inf
-        lab.train(network, "opposed", 0, claim.objective(network, alpha), config=training)
+        lab.train(network, "opposed", 0, DeepSupervision.alike(network, alpha), config=training)
         moved[alpha] = max(float(parameter.detach().abs().max()) for parameter in network.chain[0].parameters())
     assert moved[1.0] == 0
     assert moved[0.0] > 0
@@ -219,10 +231,22 @@ def test_the_control_has_the_learning_rate_of_all_losses_together() -> None:
     rows = small_rows(NAME)
     of_chain = pick(rows, "test_accuracy", part="training", heads="random", depth=16, weight_var=0.5)
     assert set(of_chain[of_chain["schedule"] == "none"]["boost"]) == {1.0, 2.5, 16.0}
-    assert set(pick(rows, "test_accuracy", part="training", heads="random", weight_var=1.761)["boost"]) == {1.0}
+    usual = pick(rows, "test_accuracy", part="training", heads="random", weight_var=1.761)
+    assert (set(usual["boost"]), set(usual["adam"])) == ({1.0}, {0.0})
+    assert set(of_chain["adam"]) == {0.0, *claim.ADAM_RATES}
     gains = claim.gain_cells(rows, "test_accuracy").query("heads == 'random' and depth == 16 and weight_var == 0.5")
     assert set(gains.query("against == 'same weight'")["every"]) == {1}
     assert set(gains.query("against == 'same rate'")["every"]) == {1, 8}
+    assert set(gains.query("against == 'Adam'")["every"]) == {1}
+
+
+def test_adam_has_the_rate_that_trains_best() -> None:
+    rows = small_rows(NAME)
+    slower = {"adam": 1e-3}
+    worse = [put("train_accuracy", 0.9, **TRAINED, **LOCKED, **slower), put("train_accuracy", 0.1, **TRAINED, **LOCKED, **BETTER)]
+    told = [put("test_accuracy", 0.25, **TRAINED, **LOCKED, **slower), put("test_accuracy", 0.0, **TRAINED, **LOCKED, **BETTER)]
+    gains = claim.gain_cells(after(rows, [EQUAL, *worse, *told]), "test_accuracy").query("against == 'Adam'")
+    np.testing.assert_allclose(gains["estimate"], 0.9 - 0.25)
 
 
 def test_a_training_that_diverges_has_no_early_lead_and_no_gradient_after_it() -> None:

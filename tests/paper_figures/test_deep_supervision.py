@@ -17,11 +17,11 @@ def test_the_table_has_every_setting_of_every_chain_and_its_gain(tmp_path: Path)
     rows = read(NAME, tmp_path)
     table = figure_module.table(rows)
     accuracies = pick(rows, "test_accuracy", part="training")
-    settings = accuracies[["heads", "weight_var", "depth", "alpha", "every", "schedule", "boost"]].drop_duplicates()
+    settings = accuracies[["heads", "weight_var", "depth", "alpha", "every", "schedule", "boost", "adam"]].drop_duplicates()
     assert len(table) == len(settings)
-    chosen = {"heads": "random", "weight_var": 0.5, "depth": 16, "boost": 1.0}
+    chosen = {"heads": "random", "weight_var": 0.5, "depth": 16, "boost": 1.0, "adam": 0.0}
     plain = pick(accuracies, "test_accuracy", **chosen, schedule="none")["value"]
-    fading = pick(accuracies, "test_accuracy", **chosen, schedule="fading")["value"]
+    fading = pick(accuracies, "test_accuracy", **chosen, schedule="fading", every=1)["value"]
     deep = table.query("depth == 16 and heads == 'random'").set_index(["σw²", "auxiliary losses"])
     gain = paired_difference(fading, plain)
     line = deep.loc[(0.5, "α 1 fading, k 1"), ["test accuracy", "gain", "± gain"]]
