@@ -16,20 +16,23 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
 
-from src.chain import cut
 from src.config import Config, Criterion, ModelConfig, Norm, TrainingConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.jacobian.materialised import layer_jacobian
-from src.jacobian.normalised import batch_norm_growth, closed_form_errors, normalisation_jacobian, normalisation_norms
-from src.locking import error_signals, growth
+from src.jacobian.normalised import (
+    batch_norm_growth,
+    closed_form_errors,
+    normalisation_jacobian,
+    normalised_product,
+)
 from src.models.start import neutral_readout
+from src.normalised import look, middle_norm
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.spectrum import spectrum
-from src.statistics import Estimate, greatest, least, t_interval
+from src.statistics import Estimate, greatest, least, paired, t_interval
+from src.training.loop import lasting
+from src.training.optimizer import scale_steps
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -57,9 +60,10 @@ CRITICAL = 2.0  # He's σw² for ReLU
 TOGETHER, EPSILONS, BESIDE = (2, 3, 4, 16), (1e-3, 1e-5, 1e-9, 1e-12), 8
 # the scale of W over nine decades, with PyTorch's ε and without one to speak of (PyTorch refuses 0)
 GAINS, GAIN_EPSILONS = np.logspace(-4.5, 4.5, 19).tolist(), (1e-5, 1e-30)
+HIDDEN_LR = ("equal", "scaled")  # of the weights behind a normalisation: one at every σw², or ∝ σw²
 LOOKED_AT = (0, 1, 2, 5, 10, 20, 50, 100)  # steps
-# trained over depth: plain BN, its control with skips, plain LN
-CHAINS: tuple[dict[str, object], ...] = ({"norm": "batch"}, {"family": "residual_mlp", "skip": "preactivation"}, {"norm": "layer"})
+# trained over depth: plain BN and its control with skips
+CHAINS: tuple[dict[str, object], ...] = ({"norm": "batch"}, {"family": "residual_mlp", "skip": "preactivation"})
 
 
 def check(config: Config, data: Data) -> None:
@@ -94,13 +98,14 @@ def plan(context: Context) -> list[Work]:
         Work(_scaled_net(config), grid.seeds),
         *(Work(model, grid.seeds, measuring=looking[batch]) for batch, _, model in _initial(config)),
         *(Work(model, grid.train_seeds, context.steps(), watching) for model in _tracked(config)),
-        *(Work(model, grid.train_seeds, context.steps(training)) for training, _, model in _trained(config)),
+        *(Work(model, grid.train_seeds, context.steps()) for _, model in _repaired(config)),
+        *(Work(model, grid.train_seeds, grid.depth_steps) for _, model in _deep(context)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_operators, _gains, _at_initialisation, _along, _trainings)
+    parts = (_operators, _gains, _at_initialisation, _along, _repairs, _depths)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -154,38 +159,6 @@ def _gains(context: Context) -> Iterator[Row]:
                 )
 
 
-def normalised_product(W: Tensor, inputs: Tensor, covectors: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """BN(Wx) in train mode, and what covectors at it become at the inputs and at W."""
-    inputs, W = inputs.clone().requires_grad_(), W.clone().requires_grad_()
-    outputs = batch_norm(inputs @ W.T, None, None, training=True, eps=eps)
-    by_inputs, by_W = torch.autograd.grad(outputs, (inputs, W), covectors)
-    return outputs.detach(), by_inputs, by_W
-
-
-def look(network: nn.Sequential, examples: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """‖J‖ of a net's normalisations, and how the gradient goes back over its hidden layers, in train mode on one batch.
-
-    The last hidden layer is left out of the rate: its gradient comes from the readout and has been through no normalisation.
-    """
-    inputs, targets = examples
-    signals = error_signals(network, inputs, targets, "train")
-    *hidden, _ = (signals[layer] for layer in sorted(signals))
-    return {
-        "mean_norm": float(np.mean(normalisation_norms(cut(network, None, torch.float64, "train"), inputs.double()))),
-        "rate": growth(signals, last=len(signals) - 2),
-        "flow": hidden[0] - hidden[-1],
-        "range": max(hidden) - min(hidden),
-    }
-
-
-def middle_norm(network: nn.Sequential, inputs: Tensor) -> float:
-    """‖J_l‖ of the middle layer in train mode, one operator on the batch."""
-    chain = cut(network, None, torch.float64, "train")
-    states = chain.states(inputs.double().unsqueeze(0))
-    middle = len(chain.stages) // 2
-    return float(spectrum(layer_jacobian(chain.stages[middle], states[middle])).norm)
-
-
 def _initial(config: Config) -> list[tuple[int, str, ModelConfig]]:
     """Nets at every σw², at every batch size, and at every depth."""
     grid, usual = config.grid, config.training.batch_size
@@ -232,30 +205,45 @@ def _along(context: Context) -> Iterator[Row]:
                 yield from measured({"step": step, **where}, **found)
 
 
-def _trained(config: Config) -> list[tuple[TrainingConfig, str, ModelConfig]]:
-    """Nets at every σw², with and without BatchNorm; chains of every kind over depth and batch size."""
-    grid = config.grid
+def _repaired(config: Config) -> list[tuple[str, ModelConfig]]:
+    """Nets at every σw², with and without BatchNorm, trained at one learning rate, and away from He's σw² also where it goes with σw²."""
     norms: tuple[Norm, ...] = ("batch", "none")
-    repaired = [_net(config, norm=norm, weight_var=var, depth=8) for norm, var in product(norms, grid.train_weight_vars)]
-    return [
-        *((config.training, "repair", model) for model in repaired),
-        *(
-            (replace(config.training, batch_size=batch), "depth", _net(config, depth=depth, **kind))
-            for batch, depth, kind in product(grid.train_batch_sizes, grid.train_depths, CHAINS)
-        ),
-    ]
+    nets = product(HIDDEN_LR, norms, config.grid.train_weight_vars)
+    return [(lr, _net(config, norm=norm, weight_var=var, depth=8)) for lr, norm, var in nets if lr == "equal" or var != CRITICAL]
 
 
-def _trainings(context: Context) -> Iterator[Row]:
-    """Trainings of nets that differ in the hidden layers alone."""
-    for training, part, model in context.progress(_trained(context.config), "trainings"):
-        length = {"batch": training.batch_size, "steps": context.steps(training)}
+def _repairs(context: Context) -> Iterator[Row]:
+    """Short trainings at every σw². Behind BatchNorm the relative step goes as 1/σw², unless the learning rate goes with σw²."""
+    for hidden_lr, model in context.progress(_repaired(context.config), "bad gains"):
         for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed)
             neutral_readout(network, model.weight_var)
-            name = f"{model.norm}, {model.skip}, σw² {model.weight_var:g}, batch {training.batch_size}, depth {model.depth}, seed {seed}"
+            if hidden_lr == "scaled":
+                scale_steps(network, model.weight_var / CRITICAL)
+            outcome = context.train(network, f"{model.norm}, σw² {model.weight_var:g}, {hidden_lr} lr, seed {seed}", seed)
+            where = {"part": "repair", "hidden_lr": hidden_lr, **network_columns(model, seed)}
+            yield from measured(where, **outcome.metrics())
+
+
+def _deep(context: Context) -> list[tuple[TrainingConfig, ModelConfig]]:
+    """BN chains, their controls with skips, and LN chains over depth and batch size, trained for `grid.depth_steps`."""
+    grid, usual, images = context.config.grid, context.config.training, len(context.data.train)
+    chains = [_net(context.config, depth=depth, **kind) for depth, kind in product(grid.train_depths, CHAINS)]
+    chains += [_net(context.config, depth=depth, norm="layer") for depth in grid.layer_norm_depths]
+    trainings = (lasting(replace(usual, batch_size=batch), grid.depth_steps, images) for batch in grid.train_batch_sizes)
+    return list(product(trainings, chains))
+
+
+def _depths(context: Context) -> Iterator[Row]:
+    """Trainings of chains that differ in depth and in what holds them."""
+    for training, model in context.progress(_deep(context), "chains over depth"):
+        length = {"batch": training.batch_size, "steps": context.steps(training)}
+        for seed in range(context.config.grid.train_seeds):
+            name = f"{model.norm}, {model.skip}, batch {training.batch_size}, depth {model.depth}, seed {seed}"
+            network = context.network(model, seed)
+            neutral_readout(network, model.weight_var)
             outcome = context.train(network, name, seed, config=training)
-            where = {"part": part, **length, "chance": 1 / context.data.classes, **network_columns(model, seed)}
+            where = {"part": "depth", **length, "chance": 1 / context.data.classes, **network_columns(model, seed)}
             yield from measured(where, **outcome.metrics())
 
 
@@ -266,10 +254,10 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     normalised = growths[growths["norm"] == "batch"]
     norms = pick(rows, "mean_norm", norm="batch")
     step = pick(rows, "step_factor")
-    repair = _beside(pick(rows, "test_accuracy", part="repair"), ["norm", "net_seed"], f"weight_var == {CRITICAL}")
+    repair = cells_by(_against_critical(rows), ["norm", "hidden_lr", "weight_var"], t_interval)
     along = rows[(rows["part"] == "along") & (rows["norm"] == "batch")]
-    ranges, falls = (_beside(pick(along, quantity), ["depth", "net_seed"], "step == 0") for quantity in ("range", "rate"))
-    falls = falls[falls["step"] == falls["step"].max()]
+    ranges, falls = (_since_the_start(pick(along, quantity)) for quantity in ("range", "rate"))
+    settling = cells_by(ranges.assign(value=1 + ranges["value"] / ranges["value_other"]), ["depth", "step"], t_interval)
     cells = {
         "norm_near_one": cells_by(norms[norms["part"].isin(["norm", "along"])], ["part", "weight_var", "depth", "step"], t_interval),
         "stage_norm_near_one": cells_by(pick(along, "stage_norm"), ["depth", "step"], t_interval),
@@ -281,14 +269,16 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "two_samples": cells_by(_vanishing(rows), ["together"], least),
         "gain_invariance": _scaled(rows, _either(rows, "output_change", "gradient_change"), greatest),
         "relative_step": _scaled(rows, step.assign(value=step["value"] * step["gain"] ** 2), least, greatest),
-        "gain_repaired": cells_by(repair.assign(value=repair["value"] - repair["reference"]), ["norm", "weight_var"], t_interval),
+        "gain_repaired": repair[repair["hidden_lr"] == "equal"],
+        "gain_is_a_step_size": repair,
         "large_batch_rate": _against(normalised, lambda batch: batch_norm_growth(math.inf)),
         "finite_batch_rate": _against(normalised, batch_norm_growth),
         "layer_norm_rate": cells_by(growths, ["norm", "batch"], t_interval),
         "untrainable_depth": trained_like_control(rows),
         "trainable_up_to_there": trained_like_control(rows),
-        "settles_in_training": cells_by(ranges.assign(value=ranges["value"] / ranges["reference"]), ["depth", "step"], t_interval),
-        "rate_falls_in_training": cells_by(falls.assign(value=falls["value"] - falls["reference"]), ["depth", "step"], t_interval),
+        "settles_in_training": settling,
+        "deep_settles_in_training": settling,
+        "rate_falls_in_training": cells_by(falls[falls["step"] == falls["step"].max()], ["depth", "step"], t_interval),
     }
     return judge_forms("batchnorm_stabilization", criteria, cells)
 
@@ -301,10 +291,16 @@ def _either(rows: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     return rows[rows["quantity"].isin(quantities)]
 
 
-def _beside(values: pd.DataFrame, net: list[str], at: str) -> pd.DataFrame:
-    """Every value but those at one place, beside the same net's there (`reference`)."""
-    chosen = values.query(at)
-    return values.drop(chosen.index).join(chosen.set_index(net)["value"].rename("reference"), on=net)
+def _against_critical(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracies at every other σw² minus that at He's, of the same seed."""
+    accuracy = pick(rows, "test_accuracy", part="repair")
+    critical = accuracy["weight_var"] == CRITICAL
+    return paired(accuracy[~critical], accuracy[critical], ["norm", "net_seed"])
+
+
+def _since_the_start(along: pd.DataFrame) -> pd.DataFrame:
+    """What a value has changed by since before the first step, in the same training."""
+    return paired(along, along[along["step"] == 0], ["depth", "net_seed"])
 
 
 def _vanishing(rows: pd.DataFrame) -> pd.DataFrame:
@@ -334,7 +330,7 @@ def trained_like_control(rows: pd.DataFrame) -> pd.DataFrame:
     """
     accuracy, keys = pick(rows, "train_accuracy", part="depth", norm="batch"), ["batch", "depth", "steps"]
     above = accuracy.assign(value=accuracy["value"] - accuracy["chance"])
-    chains = above.pivot(index=[*keys, "net_seed"], columns="skip", values="value").reset_index()
-    control = chains.groupby(keys)["preactivation"].transform("mean")
-    chains = chains[control >= control.max() / 2]
-    return cells_by(chains.assign(value=chains["none"] - chains["preactivation"] / 2), keys, t_interval)
+    plain, control = (above[above["skip"] == skip] for skip in ("none", "preactivation"))
+    means = control.groupby(keys)["value"].transform("mean")
+    half = control[means >= means.max() / 2].assign(value=control["value"] / 2)
+    return cells_by(paired(plain, half, [*keys, "net_seed"]), keys, t_interval)

@@ -9,7 +9,7 @@ saturates and escapes (Glorot & Bengio 2010, section 3.1 and Figure 2).
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from math import ceil, log
+from math import log
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,17 @@ from torch import nn
 
 from src import mean_field
 from src.chain import cut
-from src.config import Activation, Config, Criterion, ModelConfig, TrainingConfig, require
+from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.locking import SATURATED, growth, saturation
 from src.models.logistic import InTanhCoordinates, logistic_twin
-from src.models.start import neutral_readout, standard_start
+from src.models.start import neutral_readout
 from src.plan import Work
 from src.rows import Row, measured, pick
-from src.saturation import activity, of_logistic_layer, slopes
-from src.statistics import greatest, least, slope, t_interval
+from src.saturation import of_logistic_layer, slopes
+from src.statistics import greatest, paired, slope, t_interval
+from src.top_layer import RECIPE, WATCHED_IMAGES, courses, long_nets, watch
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -60,13 +61,9 @@ THRESHOLDS = (1.0, 3.0, 5.0, 8.0)  # of |z|
 VARIANCES = (0.0, 0.5, 1.0, 4.0)  # q, at which E[φ'²] is held against theory
 BOUNDED: tuple[Activation, ...] = ("sigmoid", "tanh")
 WIDE = 4  # times the configured width, for a mean over units
-NEAR_ZERO = 0.1  # the 98th percentile of the activations of a saturated top layer
 # where the mapped tanh net is critical, χ = 1
 CRITICAL: dict[str, Any] = {"activation": "tanh", "weight_var": 1.761, "bias_var": 0.05}
 USUAL: dict[str, Any] = {"activation": "sigmoid", "weight_var": 1.0, "bias_var": 0.0}
-# Glorot & Bengio 2010, sections 2.3 and 3.1: plain SGD on batches of ten; activations on 300 test images
-RECIPE: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "batch_size": 10, "schedule": "constant"}
-WATCHED_IMAGES, WATCHED_TIMES, PERCENTILES = 300, 40, (2.0, 50.0, 98.0)
 
 
 def check(config: Config, data: Data) -> None:
@@ -96,13 +93,13 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.seeds) for model in _mapped(config)),
         *(Work(model, grid.train_seeds, short) for _, model in _learning(config)),
         *(Work(model, nets * grid.train_seeds, short) for model, nets in zip(_mapped_short(config), (3, 1), strict=True)),
-        *(Work(model, grid.long_seeds, grid.long_steps) for model in _long(config)),
+        *(Work(model, grid.long_seeds, grid.long_steps) for model in long_nets(config)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_jacobians, _square_slopes, _mapped_signals, _learn, _mapped_trainings, _watch)
+    parts = (_jacobians, _square_slopes, _mapped_signals, _learn, _mapped_trainings, watch)
     return pd.DataFrame([row for part in parts for row in part(context)])
 
 
@@ -208,45 +205,6 @@ def _mapped_trainings(context: Context) -> Iterator[Row]:
             yield from measured(where, **outcome.metrics())
 
 
-def _long(config: Config) -> list[ModelConfig]:
-    """The standard start of Glorot & Bengio 2010, equation 1: U[−1/√n, 1/√n] has the variance 1/(3n)."""
-    start: dict[str, Any] = {"activation": "sigmoid", "weight_var": 1 / 3, "bias_var": 0.0, "width": config.grid.long_width}
-    return [replace(config.model, **start, depth=depth) for depth in config.grid.long_depths]
-
-
-def _watch(context: Context) -> Iterator[Row]:
-    """The activations of every hidden layer through a long training."""
-    grid = context.config.grid
-    images, _ = context.samples(context.data.test, WATCHED_IMAGES)
-    times = set(np.geomspace(1, grid.long_steps, WATCHED_TIMES).astype(int).tolist())
-    recipe = recipe_of(context)
-    for model in context.progress(_long(context.config), "long trainings"):
-        for seed in range(grid.long_seeds):
-            network = context.network(model, seed)
-            standard_start(network, context.generator("uniform", seed))
-            seen = {0: activity(network[:-1], images, PERCENTILES)}
-
-            def watch(step: int, network: nn.Sequential = network, seen: dict[int, Any] = seen) -> None:
-                if step in times:
-                    seen[step] = activity(network[:-1], images, PERCENTILES)
-
-            outcome = context.train(network, f"{model.depth - 1} hidden layers, seed {seed}", seed, on_step=watch, config=recipe)
-            where = {"part": "long", **network_columns(model, seed)}
-            for step, layers in seen.items():
-                for layer, of_layer in enumerate(layers, start=1):
-                    named = {f"activation_{name}": value for name, value in of_layer.items()}
-                    yield from measured({"step": step, "layer": layer, **where}, **named)
-            for point in outcome.history.itertuples():
-                yield from measured({"step": point.step, **where}, test_accuracy=point.test_accuracy)
-
-
-def recipe_of(context: Context) -> TrainingConfig:
-    """The training of Glorot & Bengio 2010, `grid.long_steps` long."""
-    grid = context.config.grid
-    epochs = ceil(grid.long_steps / (len(context.data.train) // RECIPE["batch_size"]))
-    return replace(context.config.training, **RECIPE, lr=grid.long_lr, epochs=epochs, max_steps=grid.long_steps)
-
-
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
     nets, learning = jacobian_nets(rows), learning_nets(rows)
@@ -254,8 +212,7 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
     usual = by_weights[by_weights["weight_var"] <= 1]
     norm_falls = falls(nets, ["varied"], "log_norm")
     learning_falls = falls(learning, ["varied", "depth", "best"], "test_accuracy")
-    courses = _courses(rows)
-    low = courses[courses["lowest"] < NEAR_ZERO]
+    long = courses(rows)
     cells = {
         "flat_tails": cells_by(pick(rows, "tail_slope"), ["threshold"], greatest),
         **{name: cells_by(pick(rows, quantity), ["weight_var", "bias_var"], greatest) for name, quantity in EXACT.items()},
@@ -276,9 +233,8 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "mapped_flow": cells_by(pick(rows, "rate", part="mapped").query("start != 'tanh'"), ["start"], t_interval),
         "mapped_training": _mapped_accuracy(rows, "tanh net"),
         "mapped_gain": _mapped_accuracy(rows, "usual"),
-        "top_layer_saturates": cells_by(courses.assign(value=courses["lowest_early"]), ["hidden_layers", "steps"], greatest),
-        "top_layer_escapes": cells_by(low.assign(value=low["rise"]), ["hidden_layers", "steps"], least),
-        "five_never_escape": cells_by(low.assign(value=low["rise"]), ["hidden_layers", "steps"], greatest),
+        "top_layer_saturates": _by_depth(long, "lowest_early"),
+        **{name: _by_depth(_low(long, criteria[name]), "rise") for name in ("top_layer_escapes", "five_never_escape")},
     }
     return judge_forms("sigmoid_saturation", criteria, cells)
 
@@ -310,10 +266,23 @@ def _by_setting(nets: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
 
 
 def falls(nets: pd.DataFrame, keys: list[str], quantity: str) -> pd.DataFrame:
-    """The slope of a quantity against the share of saturated units: one a seed over its settings, which share their random numbers."""
+    """The slope of a quantity against the share of saturated units: one a seed over its settings, which share their random numbers.
+
+    Its interval is over seeds, at these settings; beside it the interval over settings, from the residuals of their means, and R².
+    """
     seeds = nets.groupby([*keys, "net_seed"])[["saturated", quantity]]
     slopes_of_seeds = seeds.apply(lambda own: slope(own["saturated"], own[quantity]).value)
-    return cells_by(slopes_of_seeds.reset_index(name="value"), keys, t_interval)
+    means = nets.groupby([*keys, "weight_var", "bias_var"])[["saturated", quantity]].mean()
+    over_settings = means.groupby(keys).apply(_regression)
+    return cells_by(slopes_of_seeds.reset_index(name="value").join(over_settings, on=keys), [*keys, *over_settings], t_interval)
+
+
+def _regression(means: pd.DataFrame) -> pd.Series:
+    """The 95% interval that the residuals give the slope of the second column against the first, and R²; 0 of a constant."""
+    x, y = (means[column] for column in means)
+    fit = slope(x, y)
+    explained = fit.value**2 * x.var() / y.var() if y.var() > 0 else 0.0
+    return pd.Series({"settings": len(means), "settings_lo": fit.lo, "settings_hi": fit.hi, "r_squared": explained})
 
 
 def _square_slope_cells(rows: pd.DataFrame) -> pd.DataFrame:
@@ -346,17 +315,16 @@ def _mapped_ratio(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _mapped_accuracy(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Test accuracy of the mapped net, trained in either's coordinates, minus that of a reference, paired by seed."""
-    accuracy = pick(rows, "test_accuracy", part="mapped training").pivot(index="net_seed", columns="coordinates", values="value")
-    return cells_by(accuracy[["tanh", "logistic"]].sub(accuracy[reference], axis=0).melt(), ["coordinates"], t_interval)
+    accuracy = pick(rows, "test_accuracy", part="mapped training")
+    twins, others = accuracy[accuracy["coordinates"].isin(["tanh", "logistic"])], accuracy[accuracy["coordinates"] == reference]
+    return cells_by(paired(twins, others, ["net_seed"]), ["coordinates"], t_interval)
 
 
-def _courses(rows: pd.DataFrame) -> pd.DataFrame:
-    """The top hidden layer's 98th percentile in each long training: lowest in the first half, lowest, and the rise from there."""
-    layers = pick(rows, "activation_p98", part="long")
-    courses = []
-    for (depth, seed), top in layers[layers["layer"] == layers["depth"] - 1].groupby(["depth", "net_seed"]):
-        course = top.sort_values("step").set_index("step")["value"]
-        early, late = course[: course.index.max() / 2], course[course.idxmin() :]
-        where = {"hidden_layers": int(depth) - 1, "net_seed": seed, "steps": int(course.index.max())}
-        courses.append({**where, "lowest_early": early.min(), "lowest": course.min(), "rise": late.max() - course.min()})
-    return pd.DataFrame(courses)
+def _low(trainings: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    """Those in which the top layer saturates."""
+    return trainings[trainings["lowest"] < criterion.given["lowest"]]
+
+
+def _by_depth(trainings: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The mean over long trainings."""
+    return cells_by(trainings.assign(value=trainings[quantity]), ["hidden_layers", "steps"], t_interval)

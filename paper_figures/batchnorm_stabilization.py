@@ -140,6 +140,9 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
             sns.lineplot(nets, x="depth", y="value", ax=axis, errorbar=t_error, label=label, **style)
     axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
+    depths = sorted(accuracy["depth"].unique())
+    ticks = depths[:: -(-len(depths) // 5)]
+    axis.set_xticks(ticks, [f"{depth:.0f}" for depth in ticks])
     axis.set(xlabel="depth L (weight layers)", ylabel="train accuracy", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
     title(axis, f"{accuracy['steps'].max():.0f} steps; dotted: L = 50")
     batches = enumerate(sorted(accuracy["batch"].unique()))

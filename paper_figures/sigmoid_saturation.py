@@ -60,16 +60,18 @@ def _norms(axis: Axes, rows: pd.DataFrame) -> None:
     regressions = falls(nets, ["varied"], "log_norm").set_index("varied")
     for k, (varied, label) in enumerate(VARIED.items()):
         own, b = nets[nets["varied"] == varied], regressions.loc[varied]
-        slope = f"slope {b['estimate']:+.2f} ± {b['hi'] - b['estimate']:.2f}".replace("-", "−")
-        _against_saturation(axis, own, "norm", k, DASHES[k], f"{label}: {slope}")
+        slope = f"{b['estimate']:+.2f}, R² = {b['r_squared']:.2f}".replace("-", "−")
+        seeds, settings = (b[hi] - b["estimate"] for hi in ("hi", "settings_hi"))
+        errors = f"± {seeds:.2f} seeds, ± {settings:.2f} settings"
+        _against_saturation(axis, own, "norm", k, DASHES[k], f"{label}: {slope}\n{errors}")
         shares = np.array([0, own["saturated"].max()])
         line = own["log_norm"].mean() + b["estimate"] * (shares - own["saturated"].mean())
         axis.plot(shares, np.exp(line), color="k", linewidth=0.7)
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
     axis.set(xlabel="share of saturated units", ylabel="mean ‖J$_l$‖")
-    axis.set_ylim(top=4 * axis.get_ylim()[1])
-    title(axis, "black: regression of ln ‖J‖")
+    axis.set_ylim(top=25 * axis.get_ylim()[1])
+    title(axis, "black: slopes of ln ‖J‖")
     axis.legend(loc="upper left", handlelength=1.5)
 
 
@@ -79,7 +81,7 @@ def _learning(axis: Axes, rows: pd.DataFrame) -> None:
         _against_saturation(axis, nets, "test_accuracy", k, ":" if deeper else "-", f"{VARIED[varied][:6]}, L = {int(depth)}")
     axis.set(xlabel="share saturated at the start", ylabel="test accuracy", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
     title(axis, "short training, L weight layers")
-    axis.legend(loc="upper right", ncols=2, columnspacing=0.4, handlelength=1.0)
+    axis.legend(loc="upper right", ncols=2, columnspacing=0.9, handlelength=1.0)
 
 
 def _against_saturation(axis: Axes, nets: pd.DataFrame, quantity: str, k: int, style: Any, label: str) -> None:

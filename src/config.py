@@ -167,6 +167,8 @@ class Grid:
     train_seeds: Count = UNSET
     train_depths: Depths = UNSET
     train_width: Count = UNSET
+    layer_norm_depths: Depths = UNSET  # of the chains with layer normalisation trained beside them
+    depth_steps: Count = UNSET  # of the trainings compared over depth
     train_weight_vars: Variances = UNSET
     widths: Counts = UNSET  # units of a hidden layer
     batch_sizes: Counts = UNSET  # images that a batch gradient is taken over

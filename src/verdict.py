@@ -139,7 +139,8 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
         example = _worst(cells, criterion, ~meets & surely_outside, surely_outside)
         evidence += f"; {reach}{lost} of {others} cells that fail it are outside: {_describe(example)}"
     elif word == "inconclusive" and inside[meets].all():
-        evidence += f"; {lost} of {others} cells that fail the condition are outside: nothing shows that {' and '.join(idle)} matters"
+        unshown = f": nothing shows that {' and '.join(idle)} matters" if idle else ""
+        evidence += f"; {lost} of {others} cells that fail the condition are outside{unshown}"
     return _verdict(claim, criterion, word, worst, evidence)
 
 

@@ -202,6 +202,8 @@ def test_an_equivalence_fails_wherever_its_condition_does(others, expected):
     assert verdict.verdict == expected
     if expected == "refuted":
         assert "counterexample: chi=2.5: 1.5 [1, 2]" in verdict.evidence
+    if expected == "inconclusive" and others:
+        assert verdict.evidence.endswith("1 of 2 cells that fail the condition are outside")
     assert decide("claim/form", criterion(condition="chi < 1"), table).verdict == ("holds_if" if others else "holds")
 
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from src.chain import Chain, cut
 from src.jacobian.materialised import layer_jacobian
@@ -105,6 +106,23 @@ def normalisation_norms(chain: Chain, inputs: Float[Tensor, "n ..."]) -> list[fl
     for hook in hooks:
         hook.remove()
     return found
+
+
+def normalised_product(
+    W: Float[Tensor, "m d"], inputs: Float[Tensor, "n d"], covectors: Float[Tensor, "n m"], eps: float
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n d"], Float[Tensor, "m d"]]:
+    """BN(Wx) in train mode, and what covectors at it become at the inputs and at W.
+
+    Args:
+        W: weights.
+        inputs: x, a row a sample.
+        covectors: at the outputs.
+        eps: ε.
+    """
+    inputs, W = inputs.clone().requires_grad_(), W.clone().requires_grad_()
+    outputs = batch_norm(inputs @ W.T, None, None, training=True, eps=eps)
+    by_inputs, by_W = torch.autograd.grad(outputs, (inputs, W), covectors)
+    return outputs.detach(), by_inputs, by_W
 
 
 def batch_norm_growth(batch: float | int) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -108,6 +108,17 @@ def planned_steps(config: TrainingConfig, images: int) -> int:
     """How many steps a training on so many images takes unless it diverges."""
     steps = config.epochs * (images // config.batch_size)
     return min(steps, config.max_steps or steps)
+
+
+def lasting(config: TrainingConfig, steps: int, images: int) -> TrainingConfig:
+    """The same training, so many steps long: over as many epochs as they take.
+
+    Args:
+        config: optimiser, schedule and batch size.
+        steps: how many.
+        images: in the training set, one batch at least.
+    """
+    return replace(config, epochs=math.ceil(steps / (images // config.batch_size)), max_steps=steps)
 
 
 @torch.no_grad()

@@ -27,3 +27,15 @@ def build_schedule(optimizer: Optimizer, config: TrainingConfig, steps: int) -> 
     if config.schedule == "constant":
         return LambdaLR(optimizer, lambda t: 1.0)
     return LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * t / steps)) / 2)
+
+
+def scale_steps(network: nn.Module, factor: float) -> None:
+    """Let SGD take `factor` times its learning rate at the weights of every dense layer but the last, the readout.
+
+    Args:
+        network: with dense layers; their gradients are multiplied from now on.
+        factor: of the learning rate.
+    """
+    *hidden, _ = (module.weight for module in network.modules() if isinstance(module, nn.Linear))
+    for weight in hidden:
+        weight.register_hook(lambda gradient: factor * gradient)

@@ -14,6 +14,7 @@ from src.jacobian.normalised import (
     deviation,
     normalisation_jacobian,
     normalisation_norms,
+    normalised_product,
 )
 
 
@@ -139,3 +140,13 @@ def test_growth_at_large_batch_is_the_known_one() -> None:
     assert batch_norm_growth(math.inf) == pytest.approx(1.467, abs=5e-4)
     assert batch_norm_growth(1e6) == pytest.approx(batch_norm_growth(math.inf), rel=1e-5)
     assert batch_norm_growth(16) > 1.05 * batch_norm_growth(math.inf)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-30])
+@pytest.mark.parametrize("gain", [10**-4.5, 10**4.5])
+def test_scaled_weights_behind_normalisation(gain: float, eps: float) -> None:
+    """Without ε to speak of BN(sWx) is BN(Wx), and ∇W falls as 1/s; with PyTorch's ε a small s tells."""
+    W, x, v = normal(5, 7), normal(9, 7, seed=1), normal(9, 5, seed=2)
+    plain, scaled = (normalised_product(factor * W, x, v, eps) for factor in (1.0, gain))
+    invariant = [torch.allclose(new, old, rtol=1e-3) for new, old in zip((*scaled[:2], scaled[2] * gain), plain, strict=True)]
+    assert invariant == [eps < 1e-20 or gain > 1] * 3

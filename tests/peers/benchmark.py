@@ -50,7 +50,8 @@ def mlp(width: int, depth: int, activation: type[nn.Module]) -> nn.Sequential:
     """A random MLP on 28×28 images with 10 classes."""
     torch.manual_seed(0)
     hidden = [nn.Sequential(nn.Linear(width, width), activation()) for _ in range(depth - 2)]
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(784, width), activation()), *hidden, nn.Linear(width, 10)).double()
+    first = nn.Sequential(nn.Flatten(), nn.Linear(784, width), activation())
+    return nn.Sequential(first, *hidden, nn.Linear(width, 10)).double().requires_grad_(False)
 
 
 def batch(count: int, *shape: int) -> tuple[Tensor, Tensor]:

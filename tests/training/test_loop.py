@@ -11,7 +11,7 @@ from torch import nn
 from src.config import TrainingConfig
 from src.data.load import Data, Split
 from src.errors import UserError
-from src.training.loop import CHECK_EVERY, batches, evaluate, train
+from src.training.loop import CHECK_EVERY, batches, evaluate, lasting, planned_steps, train
 from tests.training.sets import as_data, digits, small_set
 
 COLUMNS = ["step", "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
@@ -257,3 +257,11 @@ def test_learns_digits_and_nothing_from_shuffled_labels(optimizer: str, lr: floa
     images, labels = (torch.cat([getattr(data.train, part), getattr(data.test, part)]) for part in ("images", "labels"))
     shuffled = as_data(images, labels[torch.randperm(len(labels), generator=generator())], len(data.train))
     assert train(network(64, 64, 10), shuffled, settings, generator()).history["test_accuracy"].iloc[-1] < 0.3
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 13])
+def test_a_training_lasts_as_many_steps_as_it_is_told(steps: int) -> None:
+    """A hundred images are four batches of 24 an epoch."""
+    longer = lasting(config(batch_size=24, max_steps=2), steps, 100)
+    assert planned_steps(longer, 100) == steps
+    assert longer.epochs == -(-steps // 4)
