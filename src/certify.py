@@ -12,14 +12,11 @@ import hashlib
 import importlib
 import math
 import os
-import platform
 import re
 import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -318,22 +315,17 @@ def _provenance(
     options: argparse.Namespace, data: "src.data.load.Data", device: "torch.device", chosen: list[int], changes: list[str]
 ) -> dict[str, Any]:
     """Where the numbers come from: code, versions, machine, model, data."""
-    from src.experiment import VERSIONED, _git
+    from src.provenance import surroundings
 
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain")),
+        **surroundings(device),
         "command": options.command,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "command"},
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in VERSIONED},
-        "device": str(device),
         "weights_sha256": hashlib.sha256(options.weights.read_bytes()).hexdigest() if options.weights else None,
         "data": data.name,
         "data_sha256": data.sha256,
         "test_images": chosen,
         "image_changes": changes,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -3,16 +3,12 @@
 import importlib
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
@@ -33,6 +29,7 @@ from src.models import build, calibrate
 from src.models.exits import MultiExit, with_exits
 from src.models.layers import Layers
 from src.plan import Work, describe
+from src.provenance import surroundings
 from src.results import RunError, RunFolder
 from src.seeds import generator
 from src.tracking import Tracker, open_tracker
@@ -41,7 +38,6 @@ from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
-VERSIONED = ("torch", "torchvision", "numpy", "scipy", "pandas", "hydra-core")
 
 
 @dataclass(frozen=True)
@@ -221,26 +217,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def provenance_of(config: Config, data: Data, device: torch.device) -> dict[str, object]:
-    """Where a run's numbers come from: code, versions, machine, data, seed."""
+    """Where a run's numbers come from: its surroundings, command, data and seed."""
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain")),
+        **surroundings(device),
         "command": f"python -m src.run {' '.join(sys.argv[1:])}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in VERSIONED},
-        "device": _device_name(device),
         "data": data.name,
         "data_requested": data.requested,
         "data_sha256": data.sha256,
         "seed": config.seed,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, object]) -> dict[str, object]:
@@ -258,14 +243,6 @@ def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, obje
         "commit": provenance["commit"],
         "dirty": provenance["dirty"],
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from src.errors import UserError
 from src.monitor import LockMonitor
 from src.tracking import ActiveRun
 from tests.conftest import ROOT
-from tests.jacobian.networks import SMALL, dense, diagonal, family, matrix_stage, normal, seeded, small
+from tests.jacobian.networks import SMALL, Counting, dense, diagonal, family, matrix_stage, normal, seeded, small
 
 QUANTITIES = ["log_error_norm", "saturation", "lambda", "lambda_nonzero", "rank", "stable_rank", "norm"]
 LABELS = torch.arange(6) % 3
@@ -362,16 +362,6 @@ def test_a_model_that_draws_random_numbers_in_every_mode_draws_no_more_of_them()
             return train(model, monitor)
 
     assert_same(trained(watch=True), trained(watch=False))
-
-
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls = self.calls + 1
-        return x
 
 
 def test_a_buffer_that_a_pass_writes_to_is_the_copys_own():

@@ -195,7 +195,8 @@ def test_verdicts_are_strict_json(start: CommandLine, tiny: Tiny) -> None:
 
     (verdict,) = json.loads((folders()[0] / "verdicts.json").read_text(), parse_constant=refuse)
     assert verdict["estimate"] is None
-    assert list(verdict) == ["claim", "form", "statement", "criterion", "verdict", "condition", "estimate", "interval", "n", "evidence"]
+    told = ["claim", "form", "statement", "criterion", "verdict", "condition", "estimate", "interval", "n", "evidence", "amended"]
+    assert list(verdict) == told
 
 
 def test_a_sweep_runs_every_job(cli: CommandLine, tiny: Tiny) -> None:

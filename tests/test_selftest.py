@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from src.certificate import certify
 from src.errors import UserError
-from tests.jacobian.networks import FAMILIES, SMALL, dense, family, normal, seeded, small
+from tests.jacobian.networks import FAMILIES, SMALL, Counting, dense, family, normal, seeded, small
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -24,18 +24,6 @@ class Centred(nn.Module):
 
     def forward(self, x):
         return x - x.mean(0)
-
-
-class Counting(nn.Module):
-    """Counts its calls in a buffer, to no effect."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls = self.calls + 1
-        return torch.tanh(x)
 
 
 class Drifting(Counting):

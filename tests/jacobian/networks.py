@@ -96,3 +96,15 @@ def images(count):
     root = os.environ.get("DATA_ROOT", "data")
     data = load(DataConfig("mnist", root, [], "digits", None, count), torch.device("cpu"))
     return data.standardise(data.test.images), data.test.labels, data.shape
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, to no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return torch.tanh(x)
