@@ -12,8 +12,9 @@ from src.config import TrainingConfig
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """SGD with heavy-ball momentum, v ← μv + g, θ ← θ − lr·v, or Adam with β = (μ, 0.999); weight decay λ adds λθ to g."""
     if config.optimizer == "adam":
-        return Adam(model.parameters(), config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    return SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return Adam(model.parameters(), config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay, fused=True)
+    # a loop over the parameters takes more than twice as long, a quarter of a step of a deep narrow net
+    return SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, config: TrainingConfig, steps: int) -> LambdaLR:
