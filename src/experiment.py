@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from src import rows as row_table
 from src.certificate import Certificate, certify
@@ -248,14 +249,17 @@ def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, obje
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Deterministic kernels while measuring: the same seed gives the same rows."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, fills = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # cuBLAS is deterministic only with a fixed workspace
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # to fill what a kernel is about to write takes a third of the time of small nets
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 class _RunLog(logging.FileHandler):
