@@ -370,7 +370,8 @@ def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.
     Against plain training with the same learning rate; and, where they were done, with the rate times 1 + Σα_l, the total weight of all
     losses, and by Adam at the rate that has the higher training accuracy of the chain.
 
-    Returns: the cells; `vanished` = −L ln χ and `reach` = −k ln χ are the nats that ‖g‖² loses along the chain, and from exit to exit.
+    Returns: the cells; `best` is the greater mean accuracy of the two; `vanished` = −L ln χ and `reach` = −k ln χ are the nats that
+        ‖g‖² loses along the chain, and from exit to exit.
     """
     nets = _with_losses(pick(rows, quantity, part=part))
     plain, supervised = nets.query("schedule == 'none'"), nets.query("schedule == 'constant'")
@@ -385,7 +386,9 @@ def gain_cells(rows: pd.DataFrame, quantity: str, part: str = "training") -> pd.
         ]
     )
     keys = ["heads", *CHAIN, "alpha", "every", "vanished", "reach", "against"]
-    return cells_by(paired(against, plain, ["heads", *CHAIN, "boost", "adam", "net_seed"]), keys, t_interval)
+    pairs = paired(against, plain, ["heads", *CHAIN, "boost", "adam", "net_seed"])
+    means = pairs.assign(own=pairs["value"] + pairs["value_other"]).groupby(keys)[["own", "value_other"]].transform("mean")
+    return cells_by(pairs.assign(best=means.max(axis=1)), [*keys, "best"], t_interval)
 
 
 def best_adam(accuracies: pd.DataFrame) -> pd.DataFrame:

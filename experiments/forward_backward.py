@@ -51,6 +51,7 @@ QUANTITIES = {
     "forward_rate": "slope of ln (1 − c_l) over the deeper half of a random plain chain, nats a layer",
     "backward_rate": "slope of ln ‖g_l‖² against the distance from the loss, over the same layers, nats a layer",
     "schedule_lock": "‖∇θ_1 − ∇θ_1'‖/‖∇θ_1‖, the latter after the signs of the last weights are flipped",
+    "learning_rate": "that a chain with a remedy was found to train best at, on a network of which nothing else is measured",
     "test_accuracy": "share of test images told right",
     "diverged": "1 where the training diverged, else 0",
 }
@@ -129,6 +130,7 @@ def plan(context: Context) -> list[Work]:
     return [
         *(Work(model, grid.seeds, measuring=exhibiting) for model in _exhibited(config).values()),
         *(Work(model, grid.seeds, measuring=rating) for model in _rated(config)),
+        *(Work(model, len(grid.rates), steps) for _, _, model in _treated(config)),
         *(Work(model, grid.train_seeds, steps, measuring=treating) for _, _, model in _treated(config)),
     ]
 
@@ -204,8 +206,11 @@ def _treated(config: Config) -> list[tuple[str, str, ModelConfig]]:
 
 
 def _treatments(context: Context) -> Iterator[Row]:
-    """Every patient with every remedy, before and after a training; the seeds pair them."""
+    """Every patient with every remedy, before and after a training at a rate of its own; the seeds pair them."""
     for patient, remedy, model in context.progress(_treated(context.config), "remedies"):
+        rate = _best_rate(context, patient, remedy, model)
+        training = replace(context.config.training, lr=rate)
+        yield from measured({"part": "rates", "patient": patient, "remedy": remedy}, learning_rate=rate)
         for seed in range(context.config.grid.train_seeds):
             network, objective = _with_losses(context, model, remedy, seed)
             where = {"part": "remedy", "patient": patient, "remedy": remedy, **network_columns(model, seed)}
@@ -213,12 +218,24 @@ def _treatments(context: Context) -> Iterator[Row]:
             yield from _locks(passing(context, network, objective), {**where, "when": "initial"})
             if patient == SCHEDULED:
                 yield from _schedule(context, network, objective, where)
-            outcome = context.train(network, f"{patient}, {remedy}, seed {seed}", seed, objective)
+            outcome = context.train(network, f"{patient}, {remedy}, seed {seed}", seed, objective, config=training)
             yield from measured(trained, **{quantity: outcome.metrics()[quantity] for quantity in ("test_accuracy", "diverged")})
             if outcome.status == "finished":
                 yield from _locks(passing(context, network, objective), trained)
                 if remedy == "exits":
                     yield from measured(trained, main_lock=passing(context, network).backward_lock())
+
+
+def _best_rate(context: Context, patient: str, remedy: str, model: ModelConfig) -> float:
+    """The rate that tells most training images right on one more network, the smaller of those that tie; one that diverges tells none."""
+    grid, training = context.config.grid, context.config.training
+    reached: dict[float, float] = {}
+    for rate in sorted(training.lr * factor for factor in grid.rates):
+        network, objective = _with_losses(context, model, remedy, grid.train_seeds)
+        name = f"{patient}, {remedy}, rate {rate:g}"
+        outcome = context.train(network, name, grid.train_seeds, objective, config=replace(training, lr=rate))
+        reached[rate] = outcome.metrics()["train_accuracy"] if outcome.status == "finished" else 0.0
+    return max(reached, key=reached.__getitem__)
 
 
 def _with_losses(context: Context, model: ModelConfig, remedy: str, seed: int) -> tuple[nn.Module, Objective]:
@@ -310,7 +327,7 @@ def readout_of(chain: nn.Sequential) -> nn.Linear:
 
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    told, gains, learning = _told_apart(rows), gain_cells(rows, remedy_gains(rows)), gain_cells(rows, accuracy_gains(rows))
+    told, gains, learning = _told_apart(rows), gain_cells(rows, remedy_gains(rows)), _learning_cells(rows)
     cells = {
         "distinct": _margins(rows, ("forwards", "backwards"), criteria["distinct"]),
         "both_present": _margins(rows, ("both",), criteria["both_present"]),
@@ -406,6 +423,14 @@ def gain_cells(rows: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
     lost = pick(rows, "diverged").groupby(["when", "patient", "remedy"])["value"].sum()
     diverged = lost.reindex(pd.MultiIndex.from_frame(gains[["when", "patient", "remedy"]]), fill_value=0).to_numpy().astype(int)
     return cells_by(gains.assign(plain_lock=lock, diverged=diverged), [*GAIN, "plain_lock", "diverged"], mean_gain)
+
+
+def _learning_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the accuracy, beside the greater mean accuracy of the two: where none has learnt, nothing tells them apart."""
+    means = pick(rows, "test_accuracy", part="remedy").groupby(["patient", "remedy"])["value"].mean()
+    cells = gain_cells(rows, accuracy_gains(rows))
+    best = [max(means[patient, remedy], means[patient, "plain"]) for patient, remedy in zip(cells["patient"], cells["remedy"], strict=True)]
+    return cells.assign(best=best)
 
 
 def mean_gain(gains: pd.Series) -> Estimate:

@@ -138,6 +138,8 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
         reach = "" if 2 * lost > others else "the condition is sufficient, not necessary: "
         example = _worst(cells, criterion, ~meets & surely_outside, surely_outside)
         evidence += f"; {reach}{lost} of {others} cells that fail it are outside: {_describe(example)}"
+    elif word == "holds" and others:
+        evidence += f"; so are all {others} cells that fail the condition"
     elif word == "inconclusive" and inside[meets].all():
         unshown = f": nothing shows that {' and '.join(idle)} matters" if idle else ""
         evidence += f"; {lost} of {others} cells that fail the condition are outside{unshown}"
