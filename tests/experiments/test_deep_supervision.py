@@ -31,7 +31,7 @@ SAME, FASTER = put("early_accuracy", 0.5), put("early_accuracy", 0.6, **CONSTANT
 LAWFUL = put("final", lambda nets: 0.5 * nets["depth"] * np.log([mean_field.chi("tanh", w, 0.05) for w in nets["weight_var"]]), **NEAREST)
 BETTER = {"adam": 1e-2}
 BETTER_IN_TRAINING = put("train_accuracy", 1.0, **TRAINED, **LOCKED, **NONE, **BETTER)
-UNLOCKED = [EQUAL, put("test_accuracy", 0.1, **TRAINED, **LOCKED, **NONE)]
+UNLOCKED = [EQUAL, put("test_accuracy", 0.25, **TRAINED, **LOCKED, **NONE)]
 
 
 def published(error: float = 9.69, early_gain: float = 0.0) -> Change:
@@ -68,9 +68,10 @@ CASES = [
     ("share_rate", [put("direct", 0.0, **NEAREST), LAWFUL, put("final", -3.0, **NEAREST, weight_var=0.5)], "refuted"),
     ("unlocks", UNLOCKED, "holds_if"),
     ("unlocks", [EQUAL, put("test_accuracy", 0.1, **TRAINED, **NONE)], "holds"),
-    ("unlocks", [*UNLOCKED, put("test_accuracy", 0.12, **TRAINED, **LOCKED, **CONSTANT, every=8)], "refuted"),
-    ("unlocks_within_reach", [*UNLOCKED, put("test_accuracy", 0.12, **TRAINED, **LOCKED, **CONSTANT, every=8)], "holds_if"),
-    ("unlocks_within_reach", [*UNLOCKED, put("test_accuracy", 0.12, **TRAINED, **LOCKED, **CONSTANT, every=1, alpha=0.1)], "refuted"),
+    ("unlocks", [*UNLOCKED, put("test_accuracy", 0.27, **TRAINED, **LOCKED, **CONSTANT, every=8)], "refuted"),
+    ("unlocks_within_reach", [*UNLOCKED, put("test_accuracy", 0.27, **TRAINED, **LOCKED, **CONSTANT, every=8)], "holds_if"),
+    ("unlocks_within_reach", [*UNLOCKED, put("test_accuracy", 0.27, **TRAINED, **LOCKED, **CONSTANT, every=1, alpha=0.1)], "refuted"),
+    ("unlocks", [put("test_accuracy", 0.1, **TRAINED)], "inconclusive"),
     ("more_than_the_step", UNLOCKED, "holds"),
     ("more_than_the_step", [*UNLOCKED, put("test_accuracy", 0.88, **TRAINED, **LOCKED, **NONE, boost=16.0)], "refuted"),
     ("more_than_the_optimiser", UNLOCKED, "holds"),

@@ -68,7 +68,7 @@ CASES = [
     ("rank_before_code", [], "holds"),
     ("rank_before_code", [put("signal_rank", 5.0, layer=2, code=4, net_seed=1, when="trained", **TANH)], "refuted"),
     ("rank_below", [], "holds_if"),
-    ("rank_below", [put("signal_rank", code_width)], "refuted"),
+    ("rank_below", [put("signal_rank", code_width)], "holds"),
     ("rank_below", [put("signal_rank", 5.0, activation="linear", when="trained", **ONE_BELOW)], "refuted"),
     ("rank_reached", [], "holds"),
     ("rank_reached", [put("signal_rank", 3.0, layer=2, code=4, net_seed=1, when="untrained", init="gaussian", **TANH)], "refuted"),
