@@ -31,6 +31,7 @@ from src.diversity import dissimilarity, participation_ratio, rank
 from src.experiment import Context, network_columns
 from src.locking import ErrorSignal, severity
 from src.models.exits import MultiExit
+from src.models.start import latch
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import Estimate, exactly, slope, t_interval
@@ -169,13 +170,6 @@ def _both_ways(context: Context, network: nn.Sequential, where: Row) -> Iterator
             severity=spread["lambda_nonzero"],
             signal_rank=float(spread["rank"]),
         )
-
-
-@torch.no_grad()
-def latch(network: nn.Sequential, gain: float) -> None:
-    """Make every hidden layer but the first h ↦ tanh(gain·h): each unit runs to an attractor and keeps its sign (Bengio et al. 1994)."""
-    for linear in [module for module in network.modules() if isinstance(module, nn.Linear)][1:-1]:
-        linear.weight.copy_(gain * torch.eye(len(linear.weight)))
 
 
 def _rated(config: Config) -> list[ModelConfig]:

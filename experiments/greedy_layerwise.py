@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from experiments import greedy_published
-from experiments.forward_backward import latch
 from experiments.greedy_rules import (
     LOCAL,
     RULE,
@@ -41,6 +40,7 @@ from src.chain import cut
 from src.config import Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
+from src.models.start import latch
 from src.plan import Work
 from src.probe import probe_accuracy
 from src.rows import Row, measured, pick

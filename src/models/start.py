@@ -25,3 +25,16 @@ def neutral_readout(network: nn.Module, weight_var: float) -> None:
     *_, readout = (module for module in network.modules() if isinstance(module, nn.Linear))
     readout.weight.div_(weight_var**0.5)
     readout.bias.zero_()
+
+
+@torch.no_grad()
+def latch(network: nn.Module, gain: float) -> None:
+    """Make every hidden layer but the first h ↦ tanh(gain·h): each unit runs to an attractor and keeps its sign (Bengio et al. 1994).
+
+    Args:
+        network: dense layers of one width but for the first and the last, tanh between them, their biases 0; in place.
+        gain: above 1.
+    """
+    _, *hidden, _ = (module for module in network.modules() if isinstance(module, nn.Linear))
+    for linear in hidden:
+        linear.weight.copy_(gain * torch.eye(len(linear.weight)))

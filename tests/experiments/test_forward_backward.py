@@ -14,6 +14,7 @@ from src import mean_field
 from src.config import ModelConfig
 from src.diversity import dissimilarity
 from src.experiment import Context
+from src.models.start import latch
 from tests.experiments.measured import Change, after, context, put, small_rows, verdicts
 
 NAME = "forward_backward"
@@ -220,7 +221,7 @@ def attractor(gain: float) -> float:
 def test_latched_states_stay_apart_and_lose_a_known_share_of_the_gradient_a_layer(lab: Context, width: int) -> None:
     """gain·(1 − h²) at the attractor h; at gain 2 it is .1667… for every width."""
     network = exhibit(lab, "backwards", width=width)
-    claim.latch(network, 2.0)
+    latch(network, 2.0)
     passed = claim.passing(lab, network)
     falls = [passed.signals[layer].log_rms() - passed.signals[layer - 1].log_rms() for layer in range(25, 32)]
     known = -math.log(2 * (1 - attractor(2.0) ** 2))
@@ -230,7 +231,7 @@ def test_latched_states_stay_apart_and_lose_a_known_share_of_the_gradient_a_laye
     np.testing.assert_allclose(h.abs(), attractor(2.0), rtol=1e-6)
     assert torch.equal(h.sign(), passed.states[0].sign())
     assert passed.forward_lock() < 0.5
-    claim.latch(network, 1.5)
+    latch(network, 1.5)
     passed = claim.passing(lab, network)
     assert passed.signals[31].log_rms() - passed.signals[30].log_rms() != pytest.approx(known, rel=0.1)
 
