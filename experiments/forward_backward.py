@@ -428,9 +428,9 @@ def _learning_cells(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_gain(gains: pd.Series) -> Estimate:
-    """The mean with its t-interval; −∞ where one of them is, else +∞ where one is."""
+    """The mean with its t-interval; −∞ where one of them is, else +∞ where one is, of which nothing is known: no lock was compared."""
     infinite = gains[np.isinf(gains)]
-    return t_interval(gains) if infinite.empty else replace(exactly(infinite.min()), n=len(gains))
+    return t_interval(gains) if infinite.empty else replace(exactly(infinite.min()), lo=-math.inf, hi=math.inf, n=len(gains))
 
 
 def _main_gains(rows: pd.DataFrame) -> pd.DataFrame:
