@@ -69,6 +69,8 @@ def variants(value: object) -> object:
             return value + "x"
         case None:
             return 7
+        case []:
+            return ["x"]
         case list():
             return [*value, value[-1]]
     raise TypeError(type(value))
