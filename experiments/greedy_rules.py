@@ -109,14 +109,11 @@ def train(context: Context, model: Blockwise, rule: Rule, training: TrainingConf
     seconds = 0.0
     for turn, objective in enumerate(turns(rule, len(model.blocks)), start=1):
         stamps: list[float] = []
-        outcome = context.train(
-            model,
-            f"{name}, {rule}, seed {seed}, turn {turn}",
-            seed,
-            objective,
-            on_step=lambda _, stamps=stamps: stamps.append(time.perf_counter()),  # type: ignore[misc]
-            config=training,
-        )
+
+        def stamp(_: int, stamps: list[float] = stamps) -> None:
+            stamps.append(time.perf_counter())
+
+        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, stamp, training)
         seconds += stamps[-1] - stamps[0]
     return Trained(outcome.metrics(), seconds)
 

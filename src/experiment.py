@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import pandas as pd
 import torch
@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils import deterministic
 
 from src import rows as row_table
 from src.certificate import Certificate, certify
@@ -249,17 +248,18 @@ def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, obje
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Deterministic kernels while measuring: the same seed gives the same rows."""
-    before, fills = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    memory: Any = torch.utils.deterministic  # its one attribute is unknown to type checkers
+    before, fills = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     # cuBLAS is deterministic only with a fixed workspace
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # to fill what a kernel is about to write takes a third of the time of small nets
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        memory.fill_uninitialized_memory = fills
 
 
 class _RunLog(logging.FileHandler):

@@ -91,8 +91,9 @@ def decide(claim: str, criterion: Criterion, cells: pd.DataFrame) -> Verdict:
     Whatever is open, and a form without cells, is inconclusive. Cells with a column `published`, the value found elsewhere, are all
     told beside it, not only the one that decides.
 
-    What all cells must show each shows in its own interval of 95%; then so do all with 95%. What one of many cells shows must stand in
-    intervals that cover all of them with 95% (Bonferroni), so that chance alone refutes a true form in at most 5% of its trials.
+    What all cells must show each shows in its own interval of 95%: a form that is false in one of them passes in at most 5% of its trials.
+    What one of many cells shows must stand in intervals that cover all of them with 95% (Bonferroni), so that chance alone refutes a true
+    form in at most 5%.
 
     Args:
         claim: the claim's and the form's name, as printed.

@@ -265,3 +265,22 @@ def test_a_training_lasts_as_many_steps_as_it_is_told(steps: int) -> None:
     longer = lasting(config(batch_size=24, max_steps=2), steps, 100)
     assert planned_steps(longer, 100) == steps
     assert longer.epochs == -(-steps // 4)
+
+
+def test_a_part_that_a_look_puts_into_eval_mode_is_trained_on() -> None:
+    """BatchNorm in eval mode would freeze its statistics; the whole is still in training mode when only a part was looked at."""
+    statistics = []
+    for look in (lambda model: None, lambda model: model[2].eval()):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        nn.init.constant_(model[1].weight, 0.1)
+        nn.init.constant_(model[3].weight, 0.1)
+        for layer in (model[1], model[3]):
+            nn.init.zeros_(layer.bias)
+
+        def looking(step: int, steps: int, model: nn.Sequential = model, look=look) -> None:
+            look(model)
+
+        train(model, small_set(), config(), generator(), looking)
+        statistics.append(model[2].running_mean.clone())
+    assert torch.equal(*statistics)
+    assert statistics[0].abs().max() > 0
