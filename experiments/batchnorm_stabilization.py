@@ -27,10 +27,10 @@ from src.jacobian.normalised import (
     normalised_product,
 )
 from src.models.start import neutral_readout
-from src.normalised import look, middle_norm
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import Estimate, greatest, least, paired, t_interval
+from src.train_mode import look, middle_norm
 from src.training.loop import lasting
 from src.training.optimizer import scale_steps
 from src.verdict import Verdict, cells_by, judge_forms

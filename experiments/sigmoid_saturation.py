@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from experiments.sigmoid_top_layer import RECIPE, WATCHED_IMAGES, courses, long_nets, watch
 from src import mean_field
 from src.chain import cut
 from src.config import Activation, Config, Criterion, ModelConfig, require
@@ -29,7 +30,6 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.saturation import of_logistic_layer, slopes
 from src.statistics import greatest, paired, slope, t_interval
-from src.top_layer import RECIPE, WATCHED_IMAGES, courses, long_nets, watch
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from src import trace
 from src.errors import UserError
-from src.paths import depth, path_lengths, skip_depth
+from src.jacobian import structured
+from src.paths import depth, in_line, path_lengths, skip_depth
 
 
 class Function(nn.Module):
@@ -163,3 +165,38 @@ def test_lengths_of_stages_add_up_to_those_of_the_whole():
     stages = list(itertools.chain([linear()], block, [linear()]))
     shortest, longest = zip(*(path_lengths(stage) for stage in stages[1:]), strict=True)
     assert (skip_depth(stages), depth(stages)) == (sum(shortest), sum(longest)) == (1, 4)
+
+
+class Own(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        (nn.Linear(3, 3), [""]),
+        (nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Identity())), ["0", "1.0", "1.1"]),
+        (nn.Sequential(), []),
+        (Own(3, 3), None),
+        (nn.Sequential(nn.Tanh(), Own(3, 3)), None),
+        (nn.TransformerEncoderLayer(4, 2), None),
+        (nn.ModuleList([nn.Tanh()]), None),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), None),
+    ],
+)
+def test_only_torchs_own_modules_in_a_row_are_known_without_a_graph(stage, names):
+    found = in_line(stage)
+    assert found is names is None or list(found) == names
+    if found:
+        assert all(stage.get_submodule(name) is module for name, module in found.items())
+
+
+@pytest.mark.parametrize("stage", [nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh()), nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))])
+def test_what_is_known_in_a_row_is_what_its_graph_tells(stage, monkeypatch):
+    known = structured.only_linear(stage), trace.branch(stage), trace.is_traceable(stage)
+    for user in (structured, trace):
+        monkeypatch.setattr(user, "in_line", lambda stage: None)
+    assert known == (structured.only_linear(stage), trace.branch(stage), trace.is_traceable(stage))

@@ -179,8 +179,8 @@ def _outer_vectors(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w 
     Off its diagonal T is not negative: its last eigenvector has no change of sign and its first the most (Perron and Frobenius), so that
     neither start is orthogonal to what it shall become.
     """
-    largest = eigenvalues[:, -1:]
-    size = torch.where(largest > 0, largest, 1)
+    top = eigenvalues[:, -1:]
+    size = torch.where(top > 0, top, 1)
     outside = 8 * torch.finfo(T.dtype).eps * torch.tensor([-1.0, 1.0], dtype=T.dtype)
     shifts = eigenvalues[:, [0, -1]] / size + outside
     ones = torch.ones(T.shape[-1], dtype=T.dtype)

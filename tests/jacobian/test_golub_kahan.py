@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.jacobian import golub_kahan as module
 from src.jacobian.golub_kahan import largest, refined, steps_for
 from tests.jacobian.networks import normal
 
@@ -128,3 +129,19 @@ def test_a_matrix_that_is_not_finite_spoils_no_other(bad):
 def test_float32_does_not_overflow_where_its_squares_do():
     J = 1e15 * normal(3, 5, 4)
     torch.testing.assert_close(of(J, tolerance=1e-5).value, torch.linalg.svdvals(J)[:, 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 9, 30])
+def test_the_outer_eigenvectors_are_those_of_the_whole_decomposition(k):
+    """Of BBᵀ, B bidiagonal, over 200 decades of its size; a zero matrix has unit vectors too."""
+    draws = torch.Generator().manual_seed(k)
+    B = torch.diag_embed(0.5 + torch.rand(20, k, generator=draws, dtype=torch.float64))
+    B += torch.diag_embed(torch.rand(20, k - 1, generator=draws, dtype=torch.float64), 1)
+    B *= torch.logspace(-50, 50, 20, dtype=torch.float64)[:, None, None]
+    T = B @ B.mT
+    values, vectors = torch.linalg.eigh(T)
+    found = module._outer_vectors(T, values)
+    expected = torch.stack([vectors[..., 0], vectors[..., -1]], 1)
+    torch.testing.assert_close((found * expected).sum(2).abs(), torch.ones(20, 2, dtype=torch.float64), rtol=0, atol=1e-9)
+    nothing = module._outer_vectors(torch.zeros(1, k, k, dtype=torch.float64), torch.zeros(1, k, dtype=torch.float64))
+    torch.testing.assert_close(nothing.norm(dim=2), torch.ones(1, 2, dtype=torch.float64))

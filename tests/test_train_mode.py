@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from experiments import batchnorm_stabilization as claim
 from src.experiment import Context
 from src.locking import error_signals, growth
-from src.normalised import look, middle_norm
+from src.train_mode import look, middle_norm
 from tests.experiments.measured import context
 
 

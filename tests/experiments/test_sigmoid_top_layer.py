@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from src import top_layer
+from experiments import sigmoid_top_layer as top_layer
 from tests.experiments.measured import small_context
 
 NAME = "sigmoid_saturation"

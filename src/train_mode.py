@@ -1,4 +1,4 @@
-"""What a batch tells of a normalised net: the norms of its Jacobians, and how the gradient goes back over its layers."""
+"""A normalised net in train mode, on one batch: the norms of its Jacobians, and how the gradient goes back over its layers."""
 
 import numpy as np
 import torch
