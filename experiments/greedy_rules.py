@@ -113,7 +113,7 @@ def train(context: Context, model: Blockwise, rule: Rule, training: TrainingConf
         def stamp(_: int, stamps: list[float] = stamps) -> None:
             stamps.append(time.perf_counter())
 
-        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, stamp, training)
+        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, on_step=stamp, config=training)
         seconds += stamps[-1] - stamps[0]
     return Trained(outcome.metrics(), seconds)
 
