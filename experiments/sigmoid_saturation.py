@@ -23,13 +23,14 @@ from src.chain import cut
 from src.config import Activation, Config, Criterion, ModelConfig, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
-from src.locking import SATURATED, growth, saturation
+from src.locking import growth
 from src.models.logistic import InTanhCoordinates, logistic_twin
 from src.models.start import neutral_readout
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.saturation import of_logistic_layer, slopes
 from src.statistics import greatest, paired, slope, t_interval
+from src.units import SATURATED, Units
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -180,7 +181,7 @@ def _learn(context: Context) -> Iterator[Row]:
             neutral_readout(network, model.weight_var)
             where = {"part": "learning", "varied": varied, **network_columns(model, seed)}
             chain = cut(network, None, torch.float64, "eval")
-            shares = [saturation(*stage).mean() for stage in zip(chain.stages[:-1], chain.states(inputs.double()), strict=False)]
+            shares = [Units.of(*stage).saturation.mean() for stage in zip(chain.stages[:-1], chain.states(inputs.double()), strict=False)]
             outcome = context.train(network, f"σw²={model.weight_var:g}, σb²={model.bias_var:g}, depth {model.depth}, seed {seed}", seed)
             yield from measured(where, saturated=float(torch.stack(shares).mean()), **outcome.metrics())
 

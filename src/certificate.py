@@ -1,7 +1,7 @@
 """The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import StringIO
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src import paths
-from src.chain import BatchNormMode, Chain, branch, cut, require_finite
+from src.chain import BatchNormMode, Chain, branch, cut
 from src.cost import Method, Planned, plan
 from src.errors import UserError
-from src.jacobian import matrix_free, structured
+from src.jacobian import matrix_free
 from src.jacobian.backpropagated import Backpropagated, Call
-from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm, pull_back_all
+from src.jacobian.materialised import parameter_gradients, parameter_jacobian_norm, pull_back_all
 from src.jacobian.product import Product
-from src.jacobian.structured import Dense, at_layer, dense
-from src.locking import Link, Loss, lock_condition, require_pairs, saturation, severity, unit_shares, walk_back
+from src.jacobian.structured import Dense, dense
+from src.locking import Link, Loss, lock_condition, require_pairs, severity, walk_back
 from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
-from src.spectrum import Extremes, Known, spectrum, weakest
+from src.spectra import Spectra
+from src.spectrum import Extremes, Known, weakest
+from src.units import Units
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
@@ -266,31 +268,32 @@ def certify(
     product: Product | None = None
     buffers = state_of(chain)
     inputs = inputs.detach().to(dtype).contiguous()
-    planned = plan(chain, chain.states(inputs.unsqueeze(0) if chain.on_batch else inputs), method)
+    states = chain.states(inputs.unsqueeze(0) if chain.on_batch else inputs)
+    planned = plan(chain, states, method)
+    spectra = Spectra(chain, states, planned)
     watch = watch or (lambda planned, done: None)
     watch(planned, 0)
     for link in walk_back(chain, inputs, targets, loss):
         probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
         start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
         check_stage(link, probe, start)
-        step = planned[link.index - 1]
-        structure = at_layer(link.stage, step.layer, link.inputs) if step.layer is not None else None
-        rough = trained[link.index - 1]
-        found, jacobians = _extremes(link, structure, step.method, start.flatten(1), rough)
-        backpropagated = Backpropagated.of(found, jacobians, rough, structure)
+        measured = spectra.of(link, start.flatten(1), trained[link.index - 1])
+        found, structure = measured.extremes, measured.structure
+        backpropagated = Backpropagated.of(found, measured.jacobians, trained[link.index - 1], structure)
         if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
             product = Product.behind(probe)
         if product is not None:
             product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
         norms, gradients, free = _gradients(link, structure, probe)
-        layers.append(_layer_rows(link, found, backpropagated, norms).assign(branch_norm=_branch_norm(link, start.flatten(1))))
+        units = Units.of(link.stage, link.inputs)
+        layers.append({**_layer_columns(link, found, backpropagated, norms, units), "branch_norm": _branch_norm(link, start.flatten(1))})
         severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
-        severities[-1] |= unit_shares(link.stage, link.inputs)
+        severities[-1] |= {"dead": units.dead, "kink": units.kink}
         known.append(found)
         watch(planned, len(known))
 
     check_state(chain, buffers)
-    table = pd.concat(layers[::-1]).sort_values(["sample", "index"], ignore_index=True)
+    table = _table(layers[::-1])
     by_sample = table.groupby("sample")
     return Certificate(
         log_attenuation=torch.tensor(table["norm"].map(_log).groupby(table["sample"]).sum().to_numpy()),
@@ -317,24 +320,6 @@ def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequen
     return [*zip(chain.stages, chain.states(own_inputs.unsqueeze(0) if chain.on_batch else own_inputs), strict=False)]
 
 
-def _extremes(
-    link: Link, structure: Dense | None, method: str, start: Float[Tensor, "n d"], rough: Call
-) -> tuple[Extremes, Float[Tensor, "n m d"] | None]:
-    """What is known of the Jacobians of a stage by its method, and they themselves if they were written out."""
-    m, d = link.signal.direction[0].numel(), link.inputs[0].numel()
-    if method == "factorised" and structure is not None:
-        found = structured.extremes(structure, start[:, :m])
-        if found is not None:
-            return found, None
-    if method != "matrix_free":
-        J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
-        require_finite(J, f"the Jacobian of stage '{link.name}'")
-        lines = [(J != 0).any(axis).sum(1) for axis in (1, 2)]
-        return Extremes.of(spectrum(J), max(m, d), torch.minimum(*lines)), J
-    single = rough if rough[1].dtype == torch.float32 != link.inputs.dtype else None
-    return matrix_free.extremes(link.stage, link.inputs, start, single), None
-
-
 def _gradients(
     link: Link, structure: Dense | None, probe: Float[Tensor, "n ..."]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n p"], Float[Tensor, "n p"]]:
@@ -346,16 +331,20 @@ def _gradients(
     return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
 
 
-def _branch_norm(link: Link, start: Float[Tensor, "n d"]) -> np.ndarray:
+def _branch_norm(link: Link, start: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """σ₁ of the Jacobian of what the stage adds to its skip, a sample; NaN where it has none."""
     block = branch(link.stage)
-    norm = torch.full_like(start[:, 0], torch.nan) if block is None else matrix_free.norm(block, link.inputs, start)
-    return norm.cpu().numpy()
+    return torch.full_like(start[:, 0], torch.nan) if block is None else matrix_free.norm(block, link.inputs, start)
 
 
-def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gradient_norms: Float[Tensor, " n"]) -> pd.DataFrame:
+def _layer_columns(
+    link: Link, found: Extremes, backpropagated: Backpropagated, gradient_norms: Float[Tensor, " n"], units: Units
+) -> dict[str, Tensor | str | int]:
+    """What the table says of one stage: a number a sample, or what holds for all."""
     log_grad_norm = gradient_norms.log() + link.signal.log_norm
-    columns = {
+    return {
+        "stage": link.name,
+        "index": link.index,
         **_sides("norm", found.norm),
         **_sides("sigma_min", found.smallest),
         **_sides("rank", found.rank),
@@ -369,13 +358,21 @@ def _layer_rows(link: Link, found: Extremes, backpropagated: Backpropagated, gra
         "method": found.method,
         "error_norm": link.signal.log_norm.exp(),
         "grad_norm": log_grad_norm.exp(),
-        "saturation": saturation(link.stage, link.inputs),
+        "saturation": units.saturation,
         "mean_square": found.mean_square,
         "log_error_norm": link.signal.log_norm,
         "log_grad_norm": log_grad_norm,
     }
-    numbers = {column: value.cpu().numpy() if isinstance(value, Tensor) else value for column, value in columns.items()}
-    return pd.DataFrame({"sample": range(len(gradient_norms)), "stage": link.name, "index": link.index, **numbers})
+
+
+def _table(stages: Sequence[Mapping[str, Tensor | str | int]]) -> pd.DataFrame:
+    """A row a (sample, stage)."""
+    samples = next(len(value) for value in stages[0].values() if isinstance(value, Tensor))
+    frame = pd.DataFrame({"sample": np.repeat(range(samples), len(stages))})
+    for column in stages[0]:
+        values = [value.cpu().numpy() if isinstance(value := stage[column], Tensor) else np.repeat(value, samples) for stage in stages]
+        frame[column] = np.stack(values, 1).ravel()
+    return frame
 
 
 def _sides(name: str, known: Known) -> dict[str, Tensor | str]:

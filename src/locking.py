@@ -1,4 +1,4 @@
-"""Gradient profile, severity, lock condition and saturation of a stage."""
+"""Gradient profile, severity and lock condition of a stage."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +18,6 @@ from src.spectrum import spectrum
 from src.statistics import slope
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Hardswish)
-KINKED = (nn.ReLU, nn.LeakyReLU, nn.ReLU6)
-# a unit is saturated where φ'(z) is below this share of its largest value: |tanh| > .949, σ(z) outside (.026, .974)
-SATURATED = 0.1
 
 
 @dataclass(frozen=True)
@@ -232,62 +227,3 @@ def lock_condition(gradients: Float[Tensor, "n p"], free: Float[Tensor, "n p"]) 
     """
     gradient_rank, free_rank = (int(spectrum(matrix).rank) if matrix.shape[1] else 0 for matrix in (gradients, free))
     return {"gradient_rank": gradient_rank, "free_rank": free_rank, "locked": gradient_rank < free_rank}
-
-
-def saturation(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
-    """The share of a stage's activation units whose slope φ'(z) is below a tenth of the largest slope.
-
-    Args:
-        stage: f_l with its activations as modules.
-        inputs: H_{l−1}.
-
-    Returns: a share a sample; NaN for a stage without activation modules. For ReLU it is the share of inactive units.
-    """
-    calls = _activations(stage, inputs)
-    flat = [(_slope(module, z) < SATURATED * largest_slope(module, z)).reshape(len(inputs), -1) for module, z in calls]
-    return torch.cat(flat, 1).to(inputs.dtype).mean(1) if flat else inputs.new_full((len(inputs),), torch.nan)
-
-
-def unit_shares(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> dict[str, float]:
-    """The shares of a stage's activation units that no sample reaches, and of pre-activations exactly at a kink.
-
-    Args:
-        stage: f_l with its activations as modules.
-        inputs: H_{l−1}.
-
-    Returns: dead, the share of units with φ'(z) = 0 at every sample; kink, the share of z = 0 at an activation that has its kink there.
-        NaN for a stage without activation modules.
-    """
-    calls = _activations(stage, inputs)
-    dead = [(_slope(module, z) == 0).all(0).flatten().double() for module, z in calls]
-    kink = [(z == 0).flatten().double() if isinstance(module, KINKED) else torch.zeros(z.numel()).to(z).double() for module, z in calls]
-    return {name: float(torch.cat(parts).mean()) if parts else math.nan for name, parts in (("dead", dead), ("kink", kink))}
-
-
-def _activations(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> list[tuple[nn.Module, Tensor]]:
-    """Every activation module that a stage calls, with its pre-activations."""
-    calls: list[tuple[nn.Module, Tensor]] = []
-
-    def record(module: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
-        calls.append((module, arguments[0].clone()))  # which may be written over
-
-    hooks = [module.register_forward_hook(record) for module in stage.modules() if isinstance(module, ACTIVATIONS)]
-    try:
-        with torch.no_grad():
-            stage(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _slope(activation: nn.Module, z: Tensor) -> Tensor:
-    """|φ'(z)|, unit by unit."""
-    # forward, not a call, so that no hook sees it
-    _, pull_back = transpose(activation.forward, z)
-    return pull_back(torch.ones_like(z)).abs()
-
-
-def largest_slope(activation: nn.Module, z: Tensor) -> Tensor:
-    """The largest |φ'(z)|, in the dtype and on the device of a z."""
-    return _slope(activation, torch.linspace(-8, 8, 1601, dtype=z.dtype, device=z.device)).max()

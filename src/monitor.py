@@ -19,10 +19,11 @@ from src.chain import split
 from src.errors import UserError
 from src.jacobian import matrix_free, structured
 from src.jacobian.golub_kahan import Product, largest
-from src.locking import ACTIVATIONS, SATURATED, ErrorSignal, Loss, largest_slope, loss_signal, severities, walk_back
+from src.locking import ErrorSignal, Loss, loss_signal, severities, walk_back
 from src.seeds import generator
 from src.selftest import check_stage
 from src.tracking import ActiveRun
+from src.units import ACTIVATIONS, SATURATED, largest_slope
 
 Log = Callable[[dict[str, float], int], object]
 
@@ -162,7 +163,7 @@ class _Probe:
         self.preactivated: dict[int, Tensor] = {}
         for module in self.twin.modules():
             if isinstance(module, ACTIVATIONS):
-                module.register_forward_hook(self._activated(SATURATED * float(largest_slope(module, self.inputs))))
+                module.register_forward_hook(self._activated(SATURATED * float(largest_slope(module.forward, self.inputs))))
             elif module in self.linears.values():
                 module.register_forward_hook(self._preactivated)
 

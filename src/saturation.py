@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from src.jacobian.materialised import layer_jacobian, transpose
-from src.locking import SATURATED
 from src.spectrum import spectrum
+from src.units import SATURATED
 
 
 def slopes(stage: nn.Module, inputs: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:

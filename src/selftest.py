@@ -4,7 +4,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 from src.chain import Chain
 from src.errors import UserError
@@ -60,10 +60,10 @@ def check_stage(link: Link, probe: Tensor, direction: Tensor) -> None:
 
 def _push(stage: nn.Module, x: Tensor, direction: Tensor) -> Tensor:
     """J·u of every sample."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), dual_level():
         warnings.simplefilter("ignore")  # of torch's own compilation
-        pushed: Tensor = jvp(stage, (x,), (direction,))[1]
-    return pushed
+        pushed = unpack_dual(stage(make_dual(x, direction))).tangent
+    return torch.zeros_like(stage(x)) if pushed is None else pushed  # of a constant there is none
 
 
 def state_of(chain: Chain) -> list[Tensor]:

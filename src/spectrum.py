@@ -166,6 +166,14 @@ class Extremes:
         """σ₁/σ_r: on the subspace where J is not zero."""
         return self.norm.over(self.active)
 
+    def above(self, level: Float[Tensor, " n"], moved: Float[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """At least and at most how many singular values exceed a level once each has moved by no more than `moved`."""
+        if self.method == "exact":
+            least, most = ((self.values > side.unsqueeze(1)).sum(1) for side in (level + moved, level - moved))
+            return least, most
+        certain = torch.where(self.active.value > level + moved, self.rank.value, 0)
+        return certain, torch.where(moved < level, self.rank.value, self.full)
+
     @property
     def stable_rank(self) -> Float[Tensor, " n"]:
         """Σσ²/σ₁² (Rudelson & Vershynin 2007); NaN for a zero matrix, and where Σσ² is not known."""

@@ -22,13 +22,12 @@ from src.locking import (
     lock_condition,
     log_rms,
     loss_signal,
-    saturation,
     severities,
     severity,
     walk_back,
 )
 from tests.jacobian import naive
-from tests.jacobian.networks import FAMILIES, SMALL, dense, family, matrix_stage, normal, seeded, small
+from tests.jacobian.networks import SMALL, dense, matrix_stage, normal, seeded, small
 
 few = settings(max_examples=15, deadline=None)
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -282,56 +281,6 @@ def test_a_signal_that_is_zero_locks():
     model = nn.Sequential(seeded(nn.Linear(3, 2)), matrix_stage(torch.zeros(2, 2)))
     first, _ = walk(model, normal(4, 3), torch.tensor([0, 1, 0, 1]))
     assert condition_of(first) == {"gradient_rank": 0, "free_rank": 4, "locked": True}
-
-
-SATURATION = {
-    "tanh": (nn.Tanh(), lambda z: 1 / math.cosh(z) ** 2 < 0.1),
-    "sigmoid": (nn.Sigmoid(), lambda z: 1 / (2 + math.exp(z) + math.exp(-z)) < 0.025),
-    "relu": (nn.ReLU(), lambda z: z <= 0),
-    "leaky": (nn.LeakyReLU(0.01), lambda z: z <= 0),
-    "not so leaky": (nn.LeakyReLU(0.2), lambda z: False),
-    "softplus": (nn.Softplus(), lambda z: 1 / (1 + math.exp(-z)) < 0.1 / (1 + math.exp(-8))),
-    "hard tanh": (nn.Hardtanh(), lambda z: abs(z) >= 1),
-}
-
-
-@pytest.mark.parametrize("name", SATURATION)
-def test_saturation_is_a_count(name):
-    activation, is_saturated = SATURATION[name]
-    z = 2.5 * normal(3, 40).double()
-    counted = [sum(map(is_saturated, sample)) / 40 for sample in z.tolist()]
-    assert saturation(activation, z).tolist() == pytest.approx(counted)
-    assert saturation(nn.Sequential(nn.Identity(), activation), z).tolist() == pytest.approx(counted)
-    if name != "not so leaky":
-        assert saturation(activation, -4 * z.abs() - 8).tolist() == [1] * 3
-        assert not saturation(activation, 0.01 + 0.0 * z).any()
-
-
-def test_saturation_counts_every_activation_of_a_stage():
-    stage = nn.Sequential(nn.ReLU(), matrix_stage(-torch.eye(4)), nn.ReLU()).double()
-    assert saturation(stage, torch.tensor([[1.0, 1, 1, -1]]).double()).tolist() == [5 / 8]  # −0 is inactive too
-    assert saturation(nn.Linear(4, 4).double(), torch.zeros(2, 4).double()).isnan().all()
-
-
-def test_saturation_leaves_no_hook():
-    relu = nn.ReLU()
-    saturation(relu, normal(2, 3).double())
-    assert not relu._forward_hooks
-
-
-@pytest.mark.parametrize(("name", "norm", "skip"), FAMILIES)
-def test_relu_networks_saturate_by_their_inactive_units(name, norm, skip):
-    model, x = naive.as_measured(family(name, norm=norm, skip=skip)), normal(2, 1, 8, 8).double()
-    counts: dict[nn.Module, list[torch.Tensor]] = {stage: [] for stage in model}
-    for stage in model:
-        for module in stage.modules():
-            if isinstance(module, nn.ReLU):
-                module.register_forward_hook(lambda _, __, output, stage=stage: counts[stage].append((output == 0).flatten(1)))
-    model(x)
-    for stage, inputs in zip(model, naive.states(list(model), x), strict=False):
-        inactive = counts[stage][: sum(isinstance(module, nn.ReLU) for module in stage.modules())]
-        expected = torch.cat(inactive, 1).double().mean(1).tolist() if inactive else [math.nan] * 2
-        assert saturation(stage, inputs).tolist() == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", SMALL)

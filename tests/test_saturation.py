@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.locking import saturation
 from src.saturation import activity, of_logistic_layer, slopes
+from src.units import Units
 
 GENERATOR = torch.Generator().manual_seed(0)
 STATES = torch.rand(4, 7, generator=GENERATOR, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_a_logistic_layer_against_finite_differences(gain: float) -> None:
     assert found.pop("equation_error") < 1e-14
     assert found == pytest.approx(expected, rel=1e-6)
     assert flat.any() == (gain == 3)
-    assert found["saturated"] == pytest.approx(float(saturation(stage, STATES).mean()))
+    assert found["saturated"] == pytest.approx(float(Units.of(stage, STATES).saturation.mean()))
 
 
 def test_a_layer_that_is_not_logistic_breaks_the_bounds() -> None:

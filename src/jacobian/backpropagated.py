@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from src.jacobian.materialised import layer_jacobian
 from src.jacobian.structured import Dense, at_layer
-from src.spectrum import Extremes, gram_spectrum, spectrum
+from src.spectrum import Extremes, spectrum
 
 Call = tuple[nn.Module, Tensor]  # a stage and its inputs
 
@@ -37,23 +37,21 @@ class Backpropagated:
             trained: the stage as training differentiates it, with its inputs.
             structure: J = diag(s) W, where it is.
         """
-        if jacobians is not None:
-            J = layer_jacobian(*trained).to(jacobians)
-            difference = torch.linalg.matrix_norm(J - jacobians)
-        elif structure is not None and found.method == "factorised":
-            own = at_layer(trained[0], structure.layer, trained[1])
-            assert own is not None
+        own = None if structure is None else at_layer(trained[0], structure.layer, trained[1])
+        if own is not None and structure is not None and found.method != "matrix_free":
             slopes, W = own.slopes.to(structure.slopes), structure.weight
             difference = ((slopes - structure.slopes).square() @ W.square().sum(1)).sqrt()
+        elif jacobians is not None:
+            J = layer_jacobian(*trained).to(jacobians)
+            difference = torch.linalg.matrix_norm(J - jacobians)
         else:
             unknown = torch.full_like(found.norm.value, torch.nan)
             return cls(unknown, unknown)
         limit = found.longest * torch.finfo(trained[1].dtype).eps * found.norm.value
-        near = ~((found.active.value > limit + difference) & (difference < limit))
-        rank = found.rank.value.to(limit)
+        rank, most = found.above(limit, difference)
+        near = rank < most
         if near.any():
-            # a Gram matrix in double precision tells what lies near the limit of single
-            s = spectrum(J[near]) if jacobians is not None else gram_spectrum(slopes[near, :, None] * (W @ W.T) * slopes[near, None])
-            rank[near] = (s.values > limit[near].unsqueeze(1)).sum(1).to(rank)
+            s = spectrum(J[near] if own is None else slopes[near].unsqueeze(2) * W)
+            rank[near] = (s.values > limit[near].unsqueeze(1)).sum(1)
         size = (found.full * found.mean_square).sqrt()
-        return cls(rank, torch.where(size > 0, difference / size, 0.0))
+        return cls(rank.to(limit), torch.where(size > 0, difference / size, 0.0))

@@ -8,14 +8,16 @@ theorem 4.1.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
 FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
 TOLERANCE = 1e-7  # of σ₁, relative
+REFINED = 1e-6  # the same, where single precision finds the vector
 # of a random start that is so unlucky that σ₁ lies above the upper side of its estimate, and by how much that may exceed it
 RISK, SLACK = 1e-6, 0.2
 
@@ -95,13 +97,14 @@ def largest(
         at_end = steps >= most or not beta.any()
         if at_end or steps == look:
             before = found.value[waiting]
-            q = _look(found, waiting, alphas, [*betas, beta])
+            q, smallest = _look(found, waiting, alphas, [*betas, beta])
             # a start with little of the first singular vector in it converges to the second for a while
             settled = (found.value[waiting] - before <= tolerance * before) & (found.error <= tolerance * found.value)[waiting]
             wait = ~settled & (not at_end)
             done = waiting[~wait]
             if len(done):
-                found.vector[done] = _unit(torch.einsum("nk,knd->nd", q[~wait], torch.stack([v[done] for v in basis])))[0]
+                found.smallest[done] = smallest(~wait)
+                found.vector[done] = _unit(sum(part[:, None] * v[done] for part, v in zip(q[~wait].T, basis, strict=True)))[0]
             waiting = waiting[wait]
             if len(waiting) == 0:
                 return replace(found, steps=steps)
@@ -114,7 +117,7 @@ def largest(
         top = torch.maximum(top, alpha)
 
 
-def refined(push: Product, pull: Product, rough: Largest, tolerance: float = 10 * TOLERANCE) -> Largest:
+def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REFINED) -> Largest:
     """σ₁ from a vector that was found in a lower precision: its error is squared, so that one product is enough.
 
     Args:
@@ -149,10 +152,12 @@ def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 
     return vectors * torch.where(length > 0, 1 / length, 0)[:, None], length
 
 
-def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: list[Tensor]) -> Float[Tensor, "w k"]:
-    """Take down the Ritz values of the matrices that are still waited for, from the eigenvalues of BBᵀ: σ₁ loses nothing by the square.
+def _look(
+    found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: list[Tensor]
+) -> tuple[Float[Tensor, "w k"], Callable[[Tensor], Tensor]]:
+    """Take down the largest Ritz values of what is still waited for, from the eigenvalues of BBᵀ: σ₁ loses nothing by the square.
 
-    Returns: the last right singular vector of every B.
+    Returns: the last right singular vector of every B; what gives the smallest Ritz value with its residual of those that are asked for.
     """
     diagonal, beside = torch.stack(alphas, 1)[at], torch.stack(betas, 1)[at]
     B = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], 1)
@@ -161,30 +166,34 @@ def _look(found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: li
     T = (exact @ exact.mT).nan_to_num(0, 0, 0)
     squares = torch.linalg.eigvalsh(T).clamp(min=0)
     values = torch.where(B.isfinite().flatten(1).all(1, keepdim=True), squares.sqrt().to(B), torch.nan)
-    least, last = _outer_vectors(T, squares).to(B).unbind(1)
-    residual, back = beside[:, -1] * last[:, -1].abs(), torch.einsum("nk,nkl->nl", least, B)
+    last = _outer_vector(T, squares, -1).to(B)
+    residual = beside[:, -1] * last[:, -1].abs()
     found.value[at], found.residual[at] = values[:, -1], residual
-    smallest = torch.hypot(torch.linalg.vector_norm(back, dim=1), beside[:, -1] * least[:, -1])
-    found.smallest[at] = torch.where(diagonal.amin(1) > 0, smallest, torch.inf)
     # once θ has converged to √ε, a copy of it comes: the next value tells nothing any more
     rough = residual > torch.finfo(B.dtype).eps ** 0.5 * values[:, -1]
     gap = values[:, -1] - values[:, -2] if values.shape[1] > 1 else values[:, -1]
     found.gap[at] = torch.where(rough, gap, found.gap[at])
-    return _unit(torch.einsum("nk,nkl->nl", last, B))[0]
+
+    def smallest(of: Bool[Tensor, " w"]) -> Float[Tensor, " _"]:
+        least = _outer_vector(T[of], squares[of], 0).to(B)
+        back = torch.linalg.vector_norm((least.unsqueeze(1) @ B[of]).squeeze(1), dim=1)
+        return torch.where(diagonal[of].amin(1) > 0, torch.hypot(back, beside[of, -1] * least[:, -1]), torch.inf)
+
+    return _unit((last.unsqueeze(1) @ B).squeeze(1))[0], smallest
 
 
-def _outer_vectors(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w k"]) -> Float64[Tensor, "w 2 k"]:
-    """The eigenvectors of the least and of the largest eigenvalue of tridiagonal T, by one step of inverse iteration.
+def _outer_vector(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w k"], which: Literal[0, -1]) -> Float64[Tensor, "w k"]:
+    """The eigenvector of the least (0) or of the largest (−1) eigenvalue of tridiagonal T, by one step of inverse iteration.
 
     Off its diagonal T is not negative: its last eigenvector has no change of sign and its first the most (Perron and Frobenius), so that
     neither start is orthogonal to what it shall become.
     """
     top = eigenvalues[:, -1:]
     size = torch.where(top > 0, top, 1)
-    outside = 8 * torch.finfo(T.dtype).eps * torch.tensor([-1.0, 1.0], dtype=T.dtype)
-    shifts = eigenvalues[:, [0, -1]] / size + outside
     ones = torch.ones(T.shape[-1], dtype=T.dtype)
-    starts = torch.stack([ones * (-1.0) ** torch.arange(len(ones)), ones])
-    shifted = (T / size.unsqueeze(2)).unsqueeze(1) - torch.diag_embed(shifts.unsqueeze(2).expand(-1, -1, len(ones)))
-    vectors, _ = torch.linalg.solve_ex(shifted, starts.expand(len(T), -1, -1))
-    return vectors / torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
+    start = ones if which else ones * (-1.0) ** torch.arange(len(ones))
+    outside = 8 * torch.finfo(T.dtype).eps * (1 if which else -1)
+    shift = eigenvalues[:, which] / size[:, 0] + outside
+    shifted = T / size.unsqueeze(2) - torch.diag_embed(shift.unsqueeze(1).expand(-1, len(ones)))
+    vectors, _ = torch.linalg.solve_ex(shifted, start.expand(len(T), -1))
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)

@@ -11,7 +11,7 @@ from torch.autograd import grad
 from torch.func import linearize
 
 from src.jacobian.bounds import bounds
-from src.jacobian.golub_kahan import FIRST_LOOK, RISK, SLACK, Largest, Product, joined, largest, refined, steps_for
+from src.jacobian.golub_kahan import FIRST_LOOK, REFINED, RISK, SLACK, Largest, Product, joined, largest, refined, steps_for
 from src.jacobian.materialised import transpose
 from src.spectrum import Extremes, Known
 
@@ -155,6 +155,6 @@ def _largest(
             parts.append(largest(products.push, products.pull, start[at], least=least))
         else:
             single = layer_products(rough[0], rough[1][at])
-            found = largest(single.push, single.pull, start[at].to(rough[1].dtype), least=least)
+            found = largest(single.push, single.pull, start[at].to(rough[1].dtype), REFINED, least)
             parts.append(refined(products.push, products.pull, found))
     return joined(parts)

@@ -15,7 +15,7 @@ from torch.fx import Node, Tracer
 from torch.nn.utils.rnn import pad_sequence
 
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
-from src.jacobian.golub_kahan import RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
+from src.jacobian.golub_kahan import REFINED, RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
 from src.jacobian.materialised import transpose
 from src.paths import in_line
 from src.spectrum import Extremes, Known
@@ -154,87 +154,121 @@ def _called(node: Node) -> str:
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
-def extremes(J: Dense, start: Float[Tensor, "n m"]) -> Extremes | None:
+def extremes(stages: Sequence[Dense], start: Float[Tensor, "s n m"]) -> list[Extremes | None]:
     """σ₁, σ_min and the rank of every J = diag(s) W, m ≤ d, by one factorisation W = LQ: J has the singular values of diag(s) L.
 
     σ_min = 1/‖(diag(s) L)⁻¹‖, enclosed by a Ritz value and the Frobenius norm of the inverse, all from one L⁻¹. Where a slope is 0,
     σ_min is 0, and what remains is σ_r over the rows with s ≠ 0, from the inverse of the Cholesky factor of their Gram matrix.
 
     Args:
-        J: with m ≤ d.
+        stages: of as many rows m ≤ d and samples; they are measured at once.
         start: random directions to start from.
 
-    Returns: what is known; None where the rank can't be told from these numbers alone.
+    Returns: what is known of each stage; None where the rank can't be told from these numbers alone.
     """
-    m, s = J.weight.shape[0], J.slopes
-    L = torch.linalg.qr(J.weight.T, mode="r").R.T.contiguous()
-    eps = torch.finfo(s.dtype).eps
+    s = torch.stack([J.slopes for J in stages])
+    L = torch.stack([torch.linalg.qr(J.weight.T, mode="r").R.T for J in stages])
     top = _norm(L, s, start)
-    tolerance = J.weight.shape[1] * eps * top.value
+    frobenius = (s.square() @ L.square().sum(2, keepdim=True)).squeeze(2).sqrt()
+    norm, above = top.value.reshape(frobenius.shape), torch.minimum(top.upper(RISK).reshape(frobenius.shape), frobenius)
+    alive = (s != 0).all(2)
+    least, beyond = torch.zeros_like(norm), torch.zeros_like(norm)
+    if alive.any():
+        M = torch.linalg.solve_triangular(L, torch.eye(L.shape[2], dtype=L.dtype, device=L.device).expand_as(L), upper=False)
+        least, beyond = (torch.where(alive, side, 0) for side in _least(M, torch.where(alive.unsqueeze(2), s, 1), start))
+    return [_extremes(J, *parts) for J, *parts in zip(stages, L, start, norm, above, least, beyond, strict=True)]
+
+
+def _extremes(
+    J: Dense,
+    L: Float[Tensor, "m m"],
+    start: Float[Tensor, "n m"],
+    norm: Float[Tensor, " n"],
+    above: Float[Tensor, " n"],
+    least: Float[Tensor, " n"],
+    beyond: Float[Tensor, " n"],
+) -> Extremes | None:
+    """What is known of one stage.
+
+    Args:
+        J: the stage.
+        L: of W = LQ.
+        start: random directions.
+        norm: σ₁ from below.
+        above: σ₁ from above.
+        least: σ_min from above where no slope is 0, else 0.
+        beyond: and from below.
+    """
+    s, d = J.slopes, J.weight.shape[1]
+    eps = torch.finfo(s.dtype).eps
+    tolerance = d * eps * norm
     rounding = 4 * tolerance  # of the factorisation and of the products with L, in every singular value
     active = s != 0
     alive, rank = active.all(1), active.sum(1)
-    least, beyond = torch.zeros_like(top.value), torch.zeros_like(top.value)
-    if alive.any():
-        M = torch.linalg.solve_triangular(L, torch.eye(m, dtype=L.dtype, device=L.device), upper=False)
-        least[alive], beyond[alive] = _least(M, s[alive], start[alive])
     damped = ~alive & (rank > 0)
     if damped.any():
         found = _active(L, s[damped])
         if found is None:
             return None
         rows, slopes, M = found
-        least[damped], beyond[damped] = _least(M, slopes, start[damped].gather(1, rows) * (slopes < torch.inf), 1e-4)
+        counted = start[damped].gather(1, rows) * (slopes < torch.inf)
+        of_active = _least(M, slopes.unsqueeze(1), counted.unsqueeze(1), 1e-4)
+        least, beyond = (side.masked_scatter(damped, part) for side, part in zip((least, beyond), of_active, strict=True))
     # a Gram matrix knows σ² to ε·σ₁²
-    floor = torch.where(alive, rounding, eps**0.5 * top.value)
+    floor = torch.where(alive, rounding, eps**0.5 * norm)
     if not (least > floor)[rank > 0].all():
         return None
     lower, upper = (beyond - rounding).clamp(min=0), least + rounding
-    frobenius = (s.square() @ L.square().sum(1)).sqrt()
+    mean_square = (s.square() @ L.square().sum(1)) / len(L)
     return Extremes(
-        norm=Known(top.value, (top.value - rounding).clamp(min=0), torch.minimum(top.upper(RISK), frobenius) + rounding, "estimated"),
+        norm=Known(norm, (norm - rounding).clamp(min=0), above + rounding, "estimated"),
         smallest=Known(torch.where(alive, least, 0), torch.where(alive, lower, 0), torch.where(alive, upper, 0), "enclosed"),
         active=Known(least, lower, upper, "enclosed"),
         rank=Known(rank, rank, rank, "enclosed"),
-        full=m,
-        longest=J.weight.shape[1],
+        full=len(L),
+        longest=d,
         structural=rank,
-        mean_square=frobenius.square() / m,
-        values=torch.stack([top.value, torch.where(alive, least, 0)], 1),
+        mean_square=mean_square,
+        values=torch.stack([norm, torch.where(alive, least, 0)], 1),
         tolerance=tolerance,
         method="factorised",
     )
 
 
-def _norm(L: Float[Tensor, "m m"], s: Float[Tensor, "n m"], start: Float[Tensor, "n m"]) -> Largest:
+def _norm(L: Float[Tensor, "s m m"], s: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"]) -> Largest:
     """‖diag(s) L‖ of every sample, in single precision first."""
 
     def products(L: Tensor, s: Tensor) -> tuple[Product, Product]:
-        return lambda v: s * (v @ L.T), lambda u: (s * u) @ L
+        transposed = L.mT.contiguous()  # which multiplies several times faster
+        return _stacked(lambda v: s * (v @ transposed), s), _stacked(lambda u: (s * u) @ L, s)
 
-    least = steps_for(SLACK, RISK, s.shape[1])
+    least, directions = steps_for(SLACK, RISK, s.shape[2]), start.flatten(0, 1)
     if s.dtype == torch.float32:
-        return largest(*products(L, s), start, least=least)
-    return refined(*products(L, s), largest(*products(L.float(), s.float()), start.float(), least=least))
+        return largest(*products(L, s), directions, least=least)
+    return refined(*products(L, s), largest(*products(L.float(), s.float()), directions.float(), REFINED, least))
 
 
 def _least(
-    M: Float[Tensor, "*n m m"], slopes: Float[Tensor, "n m"], start: Float[Tensor, "n m"], tolerance: float = TOLERANCE
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"], tolerance: float = TOLERANCE
+) -> tuple[Float[Tensor, "s n"], Float[Tensor, "s n"]]:
     """σ_min of diag(s) M⁻¹: 1/θ above it, θ the largest Ritz value of the inverse M diag(1/s), and 1/‖M diag(1/s)‖_F below.
 
     Args:
-        M: the inverse, one for all samples or one each.
+        M: inverses.
         slopes: s; inf where a coordinate does not count.
         start: random directions to start from; 0 where a coordinate does not count.
         tolerance: the relative error of θ.
     """
+    transposed = M.mT.contiguous()
+    push, pull = _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
+    found = largest(push, pull, start.flatten(0, 1), tolerance)
+    frobenius = (slopes.square().reciprocal() @ M.square().sum(1).unsqueeze(2)).squeeze(2).sqrt()
+    return 1 / found.value.reshape(frobenius.shape), 1 / frobenius
 
-    def times(M: Tensor, v: Tensor) -> Tensor:
-        return v @ M.mT if M.ndim == 2 else (M @ v.unsqueeze(2)).squeeze(2)
 
-    found = largest(lambda v: times(M, v / slopes), lambda u: times(M.mT, u) / slopes, start, tolerance)
-    return 1 / found.value, 1 / (M.square().sum(-2) / slopes.square()).sum(1).sqrt()
+def _stacked(product: Product, like: Float[Tensor, "s n m"]) -> Product:
+    """A product with the samples of every stage apart, of one that has them in one batch."""
+    return lambda rows: product(rows.reshape(like.shape)).flatten(0, 1)
 
 
 def _active(

@@ -22,6 +22,9 @@ def slopes(phi, z):
     return torch.autograd.grad(phi(z).sum(), z)[0]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:FutureWarning"
+)  # torch's own, the first time it differentiates forward
 @pytest.mark.parametrize("name", EXACT)
 def test_values_and_slopes_have_all_their_digits_where_autograd_s_own_vanish(name):
     phi, own, value, slope = EXACT[name]

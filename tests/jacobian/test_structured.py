@@ -75,8 +75,10 @@ def test_any_other_stage_is_not_taken_for_one(name):
 def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
     phi = {"tanh": nn.Tanh(), "relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "leaky": nn.LeakyReLU()}[activation]
     stage, x = as_double(seeded(nn.Sequential(nn.Linear(m + more, m), phi), seed)), normal(3, m + more, seed=seed).double()
-    J = dense(stage, x)
-    found, s = extremes(J, normal(3, m, seed=seed + 1).double()), torch.linalg.svdvals(J.jacobians())
+    J, (other, y) = dense(stage, x), (as_double(seeded(nn.Linear(m, m))), normal(3, m, seed=seed + 2).double())
+    beside = dense(nn.Sequential(other, nn.Tanh()), y)
+    found, _ = extremes([J, beside], normal(2, 3, m, seed=seed + 1).double())
+    s = torch.linalg.svdvals(J.jacobians())
     rank = (s > max(m, m + more) * torch.finfo(s.dtype).eps * s[:, :1]).sum(1)
     assert found.rank.value.tolist() == found.structural.tolist() == rank.tolist()
     last = torch.where(rank > 0, s.gather(1, (rank - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
@@ -93,16 +95,18 @@ def test_a_rank_that_the_factorisation_cannot_tell_is_left_open():
     W = normal(4, 5).double()
     W[3] = W[2]
     stage = nn.Sequential(matrix_stage(W), nn.ReLU())
-    assert extremes(dense(stage, normal(6, 5, seed=1).double()), normal(6, 4, seed=2).double()) is None
-    stage = nn.Sequential(matrix_stage(W), nn.Tanh())
-    assert extremes(dense(stage, normal(6, 5, seed=1).double()), normal(6, 4, seed=2).double()) is None
+    damped = dense(stage, normal(6, 5, seed=1).double())
+    alive = dense(nn.Sequential(matrix_stage(W), nn.Tanh()), normal(6, 5, seed=1).double())
+    clear = replace(alive, weight=normal(4, 5, seed=3).double())
+    found = extremes([damped, clear, alive], normal(3, 6, 4, seed=2).double())
+    assert [of is None for of in found] == [True, False, True]
 
 
 def test_the_smallest_singular_value_is_right_where_the_decomposition_of_j_loses_it():
     """Slopes over twelve decades, small rows first: σ_min to ten digits, where that of J written out has lost half of them."""
     J = dense(matrix_stage(torch.eye(6).double() + 0.1 * normal(6, 6).double()), normal(1, 6).double())
     graded = replace(J, slopes=torch.logspace(-12, 0, 6).double().expand(1, 6))
-    found = extremes(graded, normal(1, 6, seed=1).double()).smallest.value
+    found = extremes([graded], normal(1, 1, 6, seed=1).double())[0].smallest.value
     true = 1 / torch.linalg.svdvals(torch.linalg.inv(J.weight) / graded.slopes)[0]
     torch.testing.assert_close(found[0], true, rtol=1e-10, atol=0)
     written_out = torch.linalg.svdvals(graded.jacobians())[0, -1]
