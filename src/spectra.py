@@ -18,7 +18,7 @@ from src.seeds import generator
 from src.spectrum import Extremes, spectrum
 
 # the factors and directions of the dense layers that are measured at once
-STACK_BYTES = 2**26
+STACK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ class Spectra:
         m, d = link.signal.direction[0].numel(), link.inputs[0].numel()
         if method != "matrix_free":
             J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
-            require_finite(J, f"the Jacobian of stage '{link.name}'")
-            lines = [(J != 0).any(axis).sum(1) for axis in (1, 2)]
-            return Measured(Extremes.of(spectrum(J), max(m, d), torch.minimum(*lines)), structure, J)
+            size = J.abs()
+            require_finite(size.amax((1, 2)), f"the Jacobian of stage '{link.name}'")
+            lines = structure.lines() if structure is not None else torch.minimum(*((size.amax(axis) > 0).sum(1) for axis in (1, 2)))
+            return Measured(Extremes.of(spectrum(J), max(m, d), lines), structure, J)
         rough = trained if trained[1].dtype == torch.float32 != link.inputs.dtype else None
         return Measured(matrix_free.extremes(link.stage, link.inputs, start, rough), structure, None)
 

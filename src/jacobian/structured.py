@@ -15,13 +15,15 @@ from torch.fx import Node, Tracer
 from torch.nn.utils.rnn import pad_sequence
 
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
-from src.jacobian.golub_kahan import REFINED, RISK, SLACK, TOLERANCE, Largest, Product, largest, refined, steps_for
+from src.jacobian.golub_kahan import REFINED, RISK, SLACK, Largest, Product, largest, refined, steps_for
 from src.jacobian.materialised import transpose
 from src.paths import in_line
 from src.spectrum import Extremes, Known
 
 OF_SHAPES = {"getattr", "getitem", "size"}
 FLATTENING = {"clone", "contiguous", "flatten", "reshape", "view"}
+ROUGH = 1e-4  # of σ_min on the active subspace, relative
+IN_SINGLE = 1e15  # numbers whose squares single precision holds
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Dense:
     def jacobians(self) -> Float[Tensor, "n m d"]:
         """J written out."""
         return self.slopes.unsqueeze(2) * self.weight
+
+    def lines(self) -> Int[Tensor, " n"]:
+        """The rows of J that are not zero, or its columns: the fewer."""
+        active, present = (self.slopes != 0).to(self.weight), (self.weight != 0).to(self.weight)
+        rows = (self.slopes != 0) & (present.amax(1) > 0)
+        return torch.minimum(rows.sum(1), ((active @ present) > 0).sum(1))
 
     def pull(self, covectors: Float[Tensor, "n m k"]) -> Float[Tensor, "n d k"]:
         """JᵀQ = Wᵀ(s∘Q)."""
@@ -212,7 +220,7 @@ def _extremes(
             return None
         rows, slopes, M = found
         counted = start[damped].gather(1, rows) * (slopes < torch.inf)
-        of_active = _least(M, slopes.unsqueeze(1), counted.unsqueeze(1), 1e-4)
+        of_active = _least(M, slopes.unsqueeze(1), counted.unsqueeze(1), rough=True)
         least, beyond = (side.masked_scatter(damped, part) for side, part in zip((least, beyond), of_active, strict=True))
     # a Gram matrix knows σ² to ε·σ₁²
     floor = torch.where(alive, rounding, eps**0.5 * norm)
@@ -249,7 +257,7 @@ def _norm(L: Float[Tensor, "s m m"], s: Float[Tensor, "s n m"], start: Float[Ten
 
 
 def _least(
-    M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"], tolerance: float = TOLERANCE
+    M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"], rough: bool = False
 ) -> tuple[Float[Tensor, "s n"], Float[Tensor, "s n"]]:
     """σ_min of diag(s) M⁻¹: 1/θ above it, θ the largest Ritz value of the inverse M diag(1/s), and 1/‖M diag(1/s)‖_F below.
 
@@ -257,12 +265,21 @@ def _least(
         M: inverses.
         slopes: s; inf where a coordinate does not count.
         start: random directions to start from; 0 where a coordinate does not count.
-        tolerance: the relative error of θ.
+        rough: θ to 1e-4, in single precision first where the inverses are in its range, instead of to 1e-7.
     """
-    transposed = M.mT.contiguous()
-    push, pull = _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
-    found = largest(push, pull, start.flatten(0, 1), tolerance)
+
+    def products(M: Tensor, slopes: Tensor) -> tuple[Product, Product]:
+        transposed = M.mT.contiguous()
+        return _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
+
     frobenius = (slopes.square().reciprocal() @ M.square().sum(1).unsqueeze(2)).squeeze(2).sqrt()
+    directions = start.flatten(0, 1)
+    if not rough:
+        found = largest(*products(M, slopes), directions)
+    elif frobenius.max() > IN_SINGLE or M.dtype == torch.float32:
+        found = largest(*products(M, slopes), directions, ROUGH)
+    else:
+        found = refined(*products(M, slopes), largest(*products(M.float(), slopes.float()), directions.float(), ROUGH), ROUGH)
     return 1 / found.value.reshape(frobenius.shape), 1 / frobenius
 
 

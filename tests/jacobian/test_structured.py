@@ -56,6 +56,8 @@ def test_a_dense_stage_is_its_slopes_times_its_weight(name):
     J = dense(stage, x)
     torch.testing.assert_close(J.jacobians(), layer_jacobian(stage, x), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(J.parameter_norm(), parameter_jacobian_norm(stage, x), rtol=1e-10, atol=1e-12)
+    lines = [(J.jacobians() != 0).any(axis).sum(1) for axis in (1, 2)]
+    assert J.lines().tolist() == torch.minimum(*lines).tolist()
     g = normal(5, J.weight.shape[0], seed=3).double()
     rows = parameter_gradients(stage, x, g)
     torch.testing.assert_close(J.gradient_norm(g), rows.norm(dim=1), rtol=1e-12, atol=1e-14)
@@ -111,6 +113,27 @@ def test_the_smallest_singular_value_is_right_where_the_decomposition_of_j_loses
     torch.testing.assert_close(found[0], true, rtol=1e-10, atol=0)
     written_out = torch.linalg.svdvals(graded.jacobians())[0, -1]
     assert abs(written_out / true - 1) > 1e-6
+
+
+def test_columns_that_are_zero_at_a_sample_bound_the_rank():
+    W = torch.tensor([[1.0, 0, 0], [0, 2, 3]]).double()
+    J = replace(dense(matrix_stage(W), normal(3, 3).double()), slopes=torch.tensor([[1.0, 0], [0, 1], [0, 0]]).double())
+    assert J.lines().tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e10])
+def test_the_active_subspace_of_weights_of_any_size(scale):
+    """In single precision first, or not where it has no such numbers."""
+    x = normal(5, 8, seed=1).double()
+    stage = as_double(seeded(nn.Sequential(nn.Linear(8, 8), nn.ReLU())))
+    stage[0].weight.data *= scale
+    stage[0].bias.data *= scale
+    J = dense(stage, x)
+    [found] = extremes([J], normal(1, 5, 8, seed=2).double())
+    rank = (J.slopes != 0).sum(1)
+    truth = torch.linalg.svdvals(J.jacobians()).gather(1, rank.unsqueeze(1) - 1).squeeze(1)
+    torch.testing.assert_close(found.active.value, truth, rtol=1e-5, atol=0)
+    assert ((found.active.lo <= truth) & (truth <= found.active.hi)).all()
 
 
 def test_the_products_of_several_stages_at_once():
