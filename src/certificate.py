@@ -246,7 +246,7 @@ def certify(
         stages: names of the stages to cut after, None cuts after every one; of a model that cannot be traced, the submodules that are
             its stages, in order.
         method: "exact" writes each J_l out; "matrix_free" encloses σ₁ and the rank by products with vectors; "auto" takes for each stage
-            "exact" while its Jacobians fit in 2 GiB and their decomposition is a matter of seconds, and for large dense layers one
+            "exact" while its Jacobians fit in 512 MiB and their decomposition is a matter of seconds, and for large dense layers one
             factorisation for all samples.
         dtype: the arithmetic of the measurement.
         batch_norm: "eval" with frozen statistics, per sample; "train" with the batch's own: one operator on the batch, N = 1.

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from src import trace
 from src.by_hand import named_stages
 from src.errors import UserError
-from src.jacobian.steady import steady
+from src.jacobian.steady import differentiable_twice, steady
 from src.trace import UntraceableError, is_traceable, traceable, traced_stages
 
 BatchNormMode = Literal["eval", "train"]
@@ -120,6 +120,7 @@ def split(
             raise
         chain = _group(named_stages(twin, stages, batch), None)
     for stage in chain.stages:
+        differentiable_twice(stage)
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
         chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)

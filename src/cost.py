@@ -17,8 +17,10 @@ Method = Literal["auto", "exact", "matrix_free"]
 
 # one layer's Jacobians of all samples; beyond it they are not written out
 MEMORY_BYTES = 2**31
-# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes minutes, products with vectors seconds
-DECOMPOSED = 2e11
+# the same where nobody asked for them: their decomposition needs several times as much
+WRITTEN_BYTES = 2**29
+# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes more than some ten seconds, products with vectors less
+DECOMPOSED = 2e10
 # N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
 FACTORISED = 1e8
 # multiplications of a matrix product in whose time an SVD does one of m·d·min(m, d), as timed
@@ -69,9 +71,9 @@ def _planned(name: str, stage: nn.Module, before: Tensor, behind: Tensor, method
             f"certificate: stage '{name}' has {n} Jacobians of {m}×{d}, {size / 2**30:.1f} GiB; "
             "give fewer samples or smaller inputs, or method='auto'"
         )
-    if method == "auto" and layer is not None and m <= d and decomposed > FACTORISED:
+    if method == "auto" and layer is not None and m <= d and decomposed > FACTORISED and m * m * d <= DECOMPOSED:
         return Planned(name, "factorised", (4 * m * m * d + 4 * STEPS * n * m * m) / 1e9, layer)
-    if method == "exact" or (method == "auto" and size <= MEMORY_BYTES and decomposed <= DECOMPOSED):
+    if method == "exact" or (method == "auto" and size <= WRITTEN_BYTES and decomposed <= DECOMPOSED):
         return Planned(name, "exact", 2 * SVD * decomposed / 1e9, layer)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stage(before)

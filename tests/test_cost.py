@@ -28,6 +28,8 @@ def test_every_stage_gets_the_method_that_tells_most_within_bounds(monkeypatch):
     assert [entry.method for entry in planned(model, x)] == ["factorised", "exact", "exact"]
     monkeypatch.setattr(cost, "DECOMPOSED", 3 * 8 * 8 * 8 - 1)
     assert [entry.method for entry in planned(model, x)] == ["factorised", "matrix_free", "exact"]
+    monkeypatch.setattr(cost, "DECOMPOSED", 9 * 8 * 8 - 1)  # too much for one factorisation
+    assert [entry.method for entry in planned(model, x)] == ["matrix_free", "matrix_free", "exact"]
     assert [entry.method for entry in planned(model, x, "exact")] == ["exact"] * 3
     assert [entry.method for entry in planned(model, x, "matrix_free")] == ["matrix_free"] * 3
 

@@ -39,12 +39,16 @@ def layer_products(stage: nn.Module, inputs: Float[Tensor, "n ..."], often: bool
     """
     n = len(inputs)
     outputs, pull = transpose(stage, inputs)
+    if not often:  # the transpose of the linear map u ↦ Jᵀu
+        _, push = transpose(pull, torch.zeros_like(outputs))
+        try:
+            push(torch.zeros_like(inputs))
+        except RuntimeError:  # of an operation whose backward pass has no derivative
+            often = True
     if often:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own tracing
             _, push = linearize(stage, inputs)
-    else:  # the transpose of the linear map u ↦ Jᵀu
-        _, push = transpose(pull, torch.zeros_like(outputs))
     return Products(
         push=lambda v: push(v.reshape(inputs.shape)).reshape(n, -1),
         pull=lambda u: pull(u.reshape(outputs.shape)).reshape(n, -1),

@@ -1,6 +1,7 @@
-"""Activations whose derivative keeps its digits where they are saturated: autograd takes 1 − tanh², which rounds to 0 from |z| = 19 on.
+"""Activations by other formulas than torch's own.
 
-Backpropagation in training uses autograd's formulas; the Jacobian that the mathematics speaks of is that of these.
+Tanh and sigmoid with a derivative that keeps its digits where they are saturated: autograd takes 1 − tanh², which rounds to 0 from
+|z| = 19 on. Backpropagation in training uses autograd's formulas; the Jacobian that the mathematics speaks of is that of these.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Proxy
+from torch.nn.functional import relu6
+
+from src.paths import operation
 
 
 def _one_node(phi: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -37,18 +41,30 @@ def sigmoid(z: Any) -> Any:
     return torch.where(z < 0, torch.sigmoid(z), 1 - torch.sigmoid(-z))
 
 
-MODULES = {nn.Tanh: tanh, nn.Sigmoid: sigmoid}
-FUNCTIONS: dict[Any, Any] = {torch.tanh: tanh, "tanh": tanh, torch.sigmoid: sigmoid, "sigmoid": sigmoid}
-FUNCTIONS |= {torch.ops.aten.tanh.default: tanh, torch.ops.aten.sigmoid.default: sigmoid}
+@_one_node
+def hardsigmoid(z: Any) -> Any:
+    """(max(0, z + 3) ∧ 6)/6: the backward pass of torch's own has no derivative."""
+    return relu6(z + 3) / 6
 
 
 def steady(model: nn.Module) -> None:
-    """Give a model these formulas, in place: its activation modules, and what its graph calls where it has one."""
+    """Give a model formulas that keep their digits, in place: its activation modules, and what its graph calls where it has one."""
+    _replace(model, {"tanh": tanh, "sigmoid": sigmoid})
+
+
+def differentiable_twice(model: nn.Module) -> None:
+    """Replace, in place, what has no derivative of its backward pass: Jv is the transpose of u ↦ Jᵀu."""
+    _replace(model, {"hardsigmoid": hardsigmoid})
+
+
+def _replace(model: nn.Module, formulas: dict[str, Callable[[Any], Any]]) -> None:
     for module in model.modules():
-        if type(module) in MODULES:
-            module.forward = MODULES[type(module)]
+        name = type(module).__name__.lower()
+        if name in formulas and type(module).__module__.startswith("torch.nn.modules"):
+            module.forward = formulas[name]
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
-                if node.target in FUNCTIONS and node.args:
-                    node.op, node.target = "call_function", FUNCTIONS[node.target]
+                # an argument that is set writes in place
+                if operation(node) in formulas and len(node.args) == 1 and not any(node.kwargs.values()):
+                    node.op, node.target, node.kwargs = "call_function", formulas[operation(node)], {}
             module.recompile()

@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from torch.func import jvp
 
+from src import trace
 from src.chain import cut
-from src.jacobian.steady import sigmoid, steady, tanh
+from src.jacobian import matrix_free
+from src.jacobian.materialised import transpose
+from src.jacobian.steady import differentiable_twice, sigmoid, steady, tanh
 
 mpmath.mp.dps = 60
 POINTS = [-60.0, -20.0, -3.0, -1e-9, 0.0, 1e-9, 0.5, 3.0, 20.0, 60.0]
@@ -62,3 +65,31 @@ def run(model, x):
     for stage in cut(model, None, torch.float64, "eval").stages:
         x = stage(x)
     return x
+
+
+class Gated(nn.Module):
+    def forward(self, x):
+        return x * nn.functional.hardsigmoid(x)
+
+
+@pytest.mark.parametrize("of", [nn.Hardsigmoid, lambda: trace.exported(Gated(), torch.ones(2, 1).double())])
+def test_a_hard_sigmoid_is_differentiated_twice(of):
+    """Torch's own is not; the new one has its values and slopes, at the kinks too."""
+    z, ones = torch.tensor([-4.0, -3, -1, 0, 2, 3, 5]).double()[:, None], torch.ones(7, 1).double()
+    stage, replaced = of(), of()
+    differentiable_twice(replaced)
+    torch.testing.assert_close(replaced(z), stage(z))
+    torch.testing.assert_close(slopes(replaced, z), slopes(stage, z))
+
+    def twice(stage):
+        _, pull = transpose(stage, z)
+        return transpose(pull, ones)[1](ones)
+
+    torch.testing.assert_close(twice(replaced), slopes(stage, z))
+    with pytest.raises(RuntimeError, match="hardsigmoid_backward is not implemented"):
+        twice(stage)
+
+
+def test_products_do_without_a_second_derivative_where_there_is_none():
+    z, ones = torch.tensor([[-1.0], [2.0]]).double(), torch.ones(2, 1).double()
+    torch.testing.assert_close(matrix_free.layer_products(Gated(), z, often=False).push(ones), slopes(Gated(), z))
