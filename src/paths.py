@@ -21,6 +21,10 @@ CUTS_GRADIENT = {
 }  # fmt: skip
 
 
+# what holds several weight layers on every path
+SEVERAL = {"MultiheadAttention": 2, "multi_head_attention_forward": 2, "shifted_window_attention": 2}
+
+
 class BlockTracer(Tracer):
     """Traces into whatever holds skips."""
 
@@ -48,7 +52,8 @@ def path_lengths(module: nn.Module) -> tuple[int, int]:
 
     Dynamic programming over the graph: length(v) = [v is a weight layer] + min or max of length(u) over the edges u → v.
     A weight layer is a leaf module that owns a parameter of two or more dimensions, or a product of something that depends on the
-    input with such a parameter; a leaf counts once, whatever it holds. Paths through sizes and `detach` carry no gradient.
+    input with such a parameter; a leaf counts once, whatever it holds, but attention twice. Paths through sizes and `detach` carry no
+    gradient.
 
     Raises: UserError where torch.fx cannot trace the module, or no gradient reaches its input.
     """
@@ -97,9 +102,12 @@ def node_lengths(graph: Graph, root: nn.Module) -> dict[Node, tuple[int, int]]:
                 weights.add(node)
         elif paths and operation(node) not in CUTS_GRADIENT:
             if node.op == "call_module":
-                passed = any(parameter.ndim >= 2 for parameter in modules[str(node.target)].parameters())
+                module = modules[str(node.target)]
+                name, weighs = type(module).__name__, any(parameter.ndim >= 2 for parameter in module.parameters())
             else:
-                passed = operation(node) in MULTIPLIES and any(source in weights for source in node.all_input_nodes)
+                name = operation(node)
+                weighs = name in MULTIPLIES | SEVERAL.keys() and any(source in weights for source in node.all_input_nodes)
+            passed = SEVERAL.get(name, 1) if weighs else 0
             lengths[node] = (min(low for low, _ in paths) + passed, max(high for _, high in paths) + passed)
         elif any(source in weights for source in node.all_input_nodes):
             weights.add(node)

@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from torch.random import fork_rng
 
 from src.errors import UserError
-from src.paths import BlockTracer, in_line, node_lengths, operation
+from src.paths import SEVERAL, BlockTracer, in_line, node_lengths, operation
 
 ADVICE = "wrap its stages in an nn.Sequential, in order, or name submodules as its stages"
 SUMS = {"add", "iadd", "add_", "__add__", "__radd__"}
@@ -305,11 +305,12 @@ def _name(piece: GraphModule, end: Node) -> str:
 
 
 def _called(node: Node) -> str | None:
-    """The module that a node calls, or in an exported graph the one that multiplied by these parameters."""
+    """The module that a node calls, or where it is a function of parameters, the one that has them."""
     if node.op == "call_module":
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
-    if stack and isinstance(node.target, OpOverload) and any(source.op == "get_attr" for source in node.all_input_nodes):
+    is_of_module = isinstance(node.target, OpOverload) or operation(node) in SEVERAL
+    if stack and is_of_module and any(source.op == "get_attr" for source in node.all_input_nodes):
         return str([*stack.values()][-1][0]).partition("@")[0]  # of a second call too
     return None
 

@@ -14,7 +14,8 @@ from src.errors import UserError
 from src.jacobian.materialised import layer_jacobian
 from src.models import Residual
 from src.monitor import LockMonitor
-from src.trace import traced_stages
+from src.paths import path_lengths
+from src.trace import exported, traced_stages
 from tests.jacobian.networks import normal, seeded
 
 LABELS = torch.tensor([0, 2, 1])
@@ -72,6 +73,23 @@ def test_a_transformer_encoder_is_cut_into_its_blocks(certificate):
     assert list(certificate.severity["stage"]) == names
     # stages 2 … 5: the skips carry all but the head; two products in an attention block, two in a feed-forward one
     assert (certificate.skip_depth, certificate.depth) == (1, 2 + 2 + 2 + 1)
+
+
+class Attention(nn.Module):
+    """Self-attention beside a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def test_attention_has_two_weight_layers_in_either_graph():
+    module = seeded(Attention())
+    assert path_lengths(module) == path_lengths(exported(module, normal(3, 2, 8))) == (0, 2)
 
 
 @sdpa_kernel(SDPBackend.MATH)  # torch.func has no rules for the others

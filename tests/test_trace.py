@@ -165,8 +165,8 @@ ZOO = [
     ("vgg11_bn", 32, ["features.0", "features.4", "features.8"], 11, 10, 10),
     ("mobilenet_v3_small", 32, ["features.0.0", "features.1.block.0.0"], 28, 17, 53),
     ("densenet121", 32, ["features.conv0", "features.denseblock1"], 9, 4, 120),
-    ("vit_b_16", 224, ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_0@2"], 26, 1, 37),
-    ("swin_t", 32, ["features.0.0", "features.1.0", "features.1.1"], 17, 4, 28),
+    ("vit_b_16", 224, ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_0@2"], 26, 1, 49),
+    ("swin_t", 32, ["features.0.0", "features.1.0", "features.1.0@2"], 29, 4, 52),
     ("convnext_tiny", 32, ["features.0.0", "features.1.0.block"], 23, 4, 58),
 ]
 
