@@ -46,6 +46,7 @@ class Bounds:
 
 
 GRAMS = 6
+DECOMPOSED = 5e9  # m·d·min(m, d) of a matrix that is decomposed for its norm
 SINGLE = 1e-4  # above the rounding of these sums in single precision, relative
 POINTWISE = {"relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "hardswish",
              "hardsigmoid", "softplus", "relu6", "sin", "cos", "exp"}  # fmt: skip
@@ -140,7 +141,7 @@ def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> 
     if isinstance(module, ACTIVATIONS):
         return _pointwise(module.forward, known, state)
     if isinstance(module, nn.Linear):
-        return known * float(torch.linalg.matrix_norm(module.weight, 2))
+        return known * matrix_norm(module.weight)
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
         return known * circular_norm(module, state.shape[-2:])
     if isinstance(module, _BatchNorm) and module.running_var is not None:
@@ -153,6 +154,14 @@ def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> 
     if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         return known * (1 / math.sqrt(state[0, 0].numel()))
     return known * math.inf
+
+
+def matrix_norm(W: Float[Tensor, "m d"]) -> float:
+    """‖W‖ where its decomposition takes seconds, else the smaller of ‖W‖_F and √(‖W‖₁‖W‖_∞), which bound it."""
+    if W.numel() * min(W.shape) <= DECOMPOSED:
+        return float(torch.linalg.matrix_norm(W, 2))
+    size = W.abs()
+    return float(torch.minimum(torch.linalg.matrix_norm(W), (size.sum(0).max() * size.sum(1).max()).sqrt()))
 
 
 def _pointwise(phi: Callable[[Tensor], Any], known: Bounds, z: Float[Tensor, "n ..."]) -> Bounds:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from src.jacobian.bounds import bounds, circular_norm, norm_by_grams
+from src.jacobian import bounds as module
+from src.jacobian.bounds import bounds, circular_norm, matrix_norm, norm_by_grams
 from src.jacobian.materialised import layer_jacobian
 from src.models import Residual
 from tests.jacobian.networks import normal, seeded
@@ -72,6 +73,14 @@ def test_a_single_layer_is_exact(stage, norm, rank):
     found, truth = bounds(stage, x), torch.linalg.svdvals(layer_jacobian(stage, x))[:, 0]
     torch.testing.assert_close(found.norm, truth if norm is None else torch.full_like(truth, norm), rtol=1e-12, atol=0)
     assert found.rank.tolist() == [rank] * 3
+
+
+@pytest.mark.parametrize("W", [normal(6, 4), torch.ones(6, 4), torch.eye(5), torch.diag(torch.tensor([3.0, 1, 1])), torch.zeros(2, 3)])
+def test_a_matrix_that_is_not_decomposed_is_bounded_all_the_same(W, monkeypatch):
+    truth = float(torch.linalg.matrix_norm(W, 2))
+    assert matrix_norm(W) == pytest.approx(truth, rel=1e-6)
+    monkeypatch.setattr(module, "DECOMPOSED", 0)
+    assert truth * (1 - 1e-6) <= matrix_norm(W) <= truth * 5**0.5  # Frobenius' norm is no more than √5 too large here
 
 
 def test_units_without_slope_and_narrow_tensors_bound_the_rank():
