@@ -67,10 +67,13 @@ class Spectra:
         structure = self._structure(at)
         m, d = link.signal.direction[0].numel(), link.inputs[0].numel()
         if method != "matrix_free":
-            J = structure.jacobians() if structure is not None else layer_jacobian(link.stage, link.inputs)
-            size = J.abs()
-            require_finite(size.amax((1, 2)), f"the Jacobian of stage '{link.name}'")
-            lines = structure.lines() if structure is not None else torch.minimum(*((size.amax(axis) > 0).sum(1) for axis in (1, 2)))
+            if structure is not None:
+                J, lines, largest = structure.jacobians(), structure.lines(), structure.largest()
+            else:
+                J = layer_jacobian(link.stage, link.inputs)
+                size = J.abs()
+                lines, largest = torch.minimum(*((size.amax(axis) > 0).sum(1) for axis in (1, 2))), size.amax((1, 2))
+            require_finite(largest, f"the Jacobian of stage '{link.name}'")
             return Measured(Extremes.of(spectrum(J), max(m, d), lines), structure, J)
         rough = trained if trained[1].dtype == torch.float32 != link.inputs.dtype else None
         return Measured(matrix_free.extremes(link.stage, link.inputs, start, rough), structure, None)

@@ -54,6 +54,10 @@ class Dense:
         rows = (self.slopes != 0) & (present.amax(1) > 0)
         return torch.minimum(rows.sum(1), ((active @ present) > 0).sum(1))
 
+    def largest(self) -> Float[Tensor, " n"]:
+        """No entry of J is larger."""
+        return self.slopes.abs().amax(1) * self.weight.abs().max()
+
     def pull(self, covectors: Float[Tensor, "n m k"]) -> Float[Tensor, "n d k"]:
         """JᵀQ = Wᵀ(s∘Q)."""
         rows = (self.slopes.unsqueeze(2) * covectors).mT.flatten(0, 1)
@@ -269,7 +273,7 @@ def _least(
     """
 
     def products(M: Tensor, slopes: Tensor) -> tuple[Product, Product]:
-        transposed = M.mT.contiguous()
+        transposed = M.mT if slopes.shape[1] == 1 else M.mT.contiguous()
         return _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
 
     frobenius = (slopes.square().reciprocal() @ M.square().sum(1).unsqueeze(2)).squeeze(2).sqrt()

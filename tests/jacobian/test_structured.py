@@ -56,6 +56,7 @@ def test_a_dense_stage_is_its_slopes_times_its_weight(name):
     J = dense(stage, x)
     torch.testing.assert_close(J.jacobians(), layer_jacobian(stage, x), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(J.parameter_norm(), parameter_jacobian_norm(stage, x), rtol=1e-10, atol=1e-12)
+    assert (J.largest() >= J.jacobians().abs().amax((1, 2))).all()
     lines = [(J.jacobians() != 0).any(axis).sum(1) for axis in (1, 2)]
     assert J.lines().tolist() == torch.minimum(*lines).tolist()
     g = normal(5, J.weight.shape[0], seed=3).double()
