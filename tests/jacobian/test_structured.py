@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from src.jacobian.materialised import layer_jacobian, parameter_gradients, parameter_jacobian_norm
-from src.jacobian.structured import dense, extremes, stacked_products
+from src.jacobian.structured import ROUGH, dense, extremes, stacked_products
 from src.models import Residual
 from tests.jacobian.networks import as_double, matrix_stage, normal, seeded
 
@@ -86,7 +86,7 @@ def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
     assert found.rank.value.tolist() == found.structural.tolist() == rank.tolist()
     last = torch.where(rank > 0, s.gather(1, (rank - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
     for known, truth in ((found.norm, s[:, 0]), (found.smallest, torch.where(rank == m, s[:, -1], 0)), (found.active, last)):
-        torch.testing.assert_close(known.value, truth, rtol=1e-5 if known is found.active else 1e-6, atol=1e-14)
+        torch.testing.assert_close(known.value, truth, rtol=ROUGH if known is found.active else 1e-6, atol=1e-14)
         assert ((known.lo <= truth * (1 + 1e-12)) & (truth <= known.hi * (1 + 1e-12))).all()
     torch.testing.assert_close(found.mean_square, s.square().mean(1), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.stable_rank, s.square().sum(1) / s[:, 0].square(), rtol=1e-6, atol=0, equal_nan=True)
