@@ -19,9 +19,9 @@ Method = Literal["auto", "exact", "matrix_free"]
 MEMORY_BYTES = 2**31
 # the same where nobody asked for them: their decomposition needs several times as much
 WRITTEN_BYTES = 2**29
-# N·m·d·min(m, d) of a stage; beyond it a full decomposition takes more than some ten seconds, products with vectors less
-DECOMPOSED = 2e10
-# N·m·d·min(m, d) again; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
+# operations on a stage; what takes more than these some ten seconds is left to products with vectors
+BUDGET = 4e11
+# N·m·d·min(m, d) of a stage; beyond it one factorisation of a dense layer for all samples costs less than their decompositions
 FACTORISED = 1e8
 # multiplications of a matrix product in whose time an SVD does one of m·d·min(m, d), as timed
 SVD = 20
@@ -71,13 +71,21 @@ def _planned(name: str, stage: nn.Module, before: Tensor, behind: Tensor, method
             f"certificate: stage '{name}' has {n} Jacobians of {m}×{d}, {size / 2**30:.1f} GiB; "
             "give fewer samples or smaller inputs, or method='auto'"
         )
-    if method == "auto" and layer is not None and m <= d and decomposed > FACTORISED and m * m * d <= DECOMPOSED:
-        return Planned(name, "factorised", (4 * m * m * d + 4 * STEPS * n * m * m) / 1e9, layer)
-    if method == "exact" or (method == "auto" and size <= WRITTEN_BYTES and decomposed <= DECOMPOSED):
-        return Planned(name, "exact", 2 * SVD * decomposed / 1e9, layer)
+    factorised = 4 * m * m * d + 4 * STEPS * n * m * m
+    if method == "auto" and layer is not None and m <= d and decomposed > FACTORISED and factorised <= BUDGET:
+        return Planned(name, "factorised", factorised / 1e9, layer)
+    forward = _forward(stage, before)
+    exact = 2 * SVD * decomposed + (m * forward if layer is None else 0)  # a pass backwards for every row
+    if method == "exact" or (method == "auto" and size <= WRITTEN_BYTES and exact <= BUDGET):
+        return Planned(name, "exact", exact / 1e9, layer)
+    return Planned(name, "matrix_free", 2 * STEPS * forward / 1e9, layer)
+
+
+def _forward(stage: nn.Module, inputs: Tensor) -> int:
+    """Operations of a pass forwards."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stage(before)
-    return Planned(name, "matrix_free", 2 * STEPS * counter.get_total_flops() / 1e9, layer)
+        stage(inputs)
+    return int(counter.get_total_flops())
 
 
 def described(planned: Sequence[Planned], device: torch.device, dtype: torch.dtype) -> str:

@@ -603,9 +603,9 @@ def test_a_jacobian_too_large_to_write_out_is_refused_where_it_is_asked_for(monk
 
 def test_a_decomposition_that_takes_long_is_left_to_products_with_vectors(monkeypatch):
     model, x = dense(4, 3, 3), normal(3, 4)
-    monkeypatch.setattr(cost, "DECOMPOSED", 3 * 3 * 4 * 3)
+    monkeypatch.setattr(cost, "BUDGET", 2 * cost.SVD * 3 * 3 * 4 * 3)
     assert set(certify(model, x, LABELS).layers["method"]) == {"exact"}
-    monkeypatch.setattr(cost, "DECOMPOSED", 3 * 3 * 4 * 3 - 1)
+    monkeypatch.setattr(cost, "BUDGET", 2 * cost.SVD * 3 * 3 * 4 * 3 - 1)
     assert set(certify(model, x, LABELS).layers.query("stage == '0'")["method"]) == {"matrix_free"}
 
 

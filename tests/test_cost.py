@@ -26,12 +26,22 @@ def test_every_stage_gets_the_method_that_tells_most_within_bounds(monkeypatch):
     assert [entry.layer for entry in planned(model, x)] == ["0", None, ""]
     monkeypatch.setattr(cost, "FACTORISED", 3 * 8 * 8 * 8)
     assert [entry.method for entry in planned(model, x)] == ["factorised", "exact", "exact"]
-    monkeypatch.setattr(cost, "DECOMPOSED", 3 * 8 * 8 * 8 - 1)
+    monkeypatch.setattr(cost, "BUDGET", 2 * cost.SVD * 3 * 8 * 8 * 8 - 1)
     assert [entry.method for entry in planned(model, x)] == ["factorised", "matrix_free", "exact"]
-    monkeypatch.setattr(cost, "DECOMPOSED", 9 * 8 * 8 - 1)  # too much for one factorisation
+    monkeypatch.setattr(cost, "BUDGET", 4 * 8 * 8 * 9 + 4 * cost.STEPS * 3 * 8 * 8 - 1)  # too much for one factorisation
     assert [entry.method for entry in planned(model, x)] == ["matrix_free", "matrix_free", "exact"]
     assert [entry.method for entry in planned(model, x, "exact")] == ["exact"] * 3
     assert [entry.method for entry in planned(model, x, "matrix_free")] == ["matrix_free"] * 3
+
+
+def test_a_jacobian_costs_a_pass_backwards_for_every_row(monkeypatch):
+    conv, x = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False)), normal(3, 2, 4, 4)
+    forward, rows = 2 * 3 * 2 * 4 * 9 * 16, 4 * 16
+    (written,) = planned(conv, x)
+    assert written.method == "exact"
+    assert written.gflop * 1e9 == pytest.approx(2 * cost.SVD * 3 * 64 * 32 * 32 + rows * forward)
+    monkeypatch.setattr(cost, "BUDGET", written.gflop * 1e9 - 1)
+    assert planned(conv, x)[0].method == "matrix_free"
 
 
 def test_the_cost_grows_as_the_work_does():
