@@ -45,7 +45,7 @@ def commit() -> dict[str, object]:
     return {"commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
 
 
-def fingerprint(root: Path = ROOT) -> str:
+def fingerprint(root: Path) -> str:
     """The first ten hexadecimal digits of sha256 over the names and contents of the sources."""
     digest = hashlib.sha256()
     for file in _sources(root):
@@ -60,7 +60,7 @@ def submit(place: Path, snapshot: bool) -> Code:
         place: the folder to keep it in, under its fingerprint.
         snapshot: whether to copy it.
     """
-    code = Code(fingerprint(), json.dumps(commit()), str(ROOT))
+    code = Code(fingerprint(ROOT), json.dumps(commit()), str(ROOT))
     folder = place / code.fingerprint
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "commit.json", code.commit + "\n")

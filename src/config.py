@@ -229,15 +229,6 @@ class Config:
     detach: Flag = False  # leave the jobs of a sweep behind and return
     snapshot: Flag = False  # run the jobs of a sweep from a copy of the code
 
-    @model_validator(mode="after")
-    def _jobs_need_a_cluster(self) -> "Config":
-        for key in ("detach", "snapshot"):
-            if getattr(self, key) and self.cluster is None:
-                raise ValueError(f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
-        if self.force and self.cluster is not None:
-            raise ValueError("force=true doesn't go with cluster=: only what is missing is run; move finished runs away")
-        return self
-
 
 def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     """Resolve `${at_scale:{smoke:…,quick:…,paper:…}}` to the value at the run's scale."""

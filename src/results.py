@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import filelock
 import yaml
@@ -54,7 +54,7 @@ def hash_of(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def from_plain(plain: Mapping[str, Any]) -> Config:
+def from_plain(plain: object) -> Config:
     """The config that `to_plain` made plain.
 
     Raises: ValueError when it is none.
@@ -239,7 +239,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def _load_decisive(path: Path) -> dict[str, Any] | None:
     try:
-        return decisive(from_plain(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))))
+        return decisive(from_plain(OmegaConf.to_container(OmegaConf.load(path))))
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

@@ -24,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, known_keys, register_resolvers, to_config, unknown_key
+from src.config import Config, known_keys, register_resolvers, require, to_config, unknown_key
 from src.data.catalogue import CATALOGUE
 from src.errors import UserError
 from src.results import RunError
@@ -103,6 +103,8 @@ def check(composed: DictConfig) -> Config:
     if "claim" not in composed:
         raise UserError(f"no experiment given; add experiment=NAME, one of {', '.join(_experiments())}")
     config = to_config(composed)
+    for key in ("detach", "snapshot"):
+        require(config.cluster is not None or not composed[key], f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
     name = config.claim.name
     file = CONF / "experiment" / f"{name}.yaml"
     own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else None
@@ -166,7 +168,7 @@ def _options() -> Namespace:
 def _on_a_cluster(asked: Namespace) -> bool:
     """Whether a command line runs something, and says on which cluster."""
     shows = asked.cfg or asked.info or asked.help or asked.hydra_help
-    return not shows and any(override.startswith("cluster=") and override != "cluster=null" for override in asked.overrides)
+    return not shows and any(override.startswith("cluster=") for override in asked.overrides)
 
 
 def complain(message: str, code: int) -> int:

@@ -2,7 +2,6 @@
 
 import getpass
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -97,7 +96,7 @@ def histories(sweep: Sweep) -> dict[str, list[str]]:
 def cancel(sweep: Sweep) -> None:
     """End all jobs of a sweep, and wait until this machine's are gone."""
     submissions = sweep.submissions()
-    if any(submission.kind == "slurm" for submission in submissions) or shutil.which("scancel"):
+    if any(submission.kind == "slurm" for submission in submissions):
         _ask("scancel", *_ours(sweep))
     for job in (job for submission in submissions if submission.kind == "local" for job in submission.jobs):
         if _is_controller(sweep, job):

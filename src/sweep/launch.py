@@ -48,7 +48,8 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
         alive = cluster.alive(sweep)
         states = look(sweep, alive, done)
         missing = [run for run in sweep.runs if states[run.id] in ("missing", "failed", "lost")]
-        print(f"sweep {sweep.name}: {in_brief(states)}; {_estimate(sweep, missing)}", flush=True)
+        gpus = (planned.launcher.get("gpus_per_node") or 0) / ((first.cluster and first.cluster.at_once) or 1)
+        print(f"sweep {sweep.name}: {in_brief(states)}; {_estimate(sweep, missing, gpus)}", flush=True)
         try:
             if missing:
                 _submit(sweep, planned, missing, kind)
@@ -76,24 +77,24 @@ def tell(sweep: Sweep, states: dict[str, State]) -> int:
 
 
 def watch(sweep: Sweep, done: set[str]) -> dict[str, State]:
-    """Show how a sweep goes until no job has anything to do; return how its runs stand then."""
-    started = settled = time.monotonic()
+    """Show how a sweep goes until its last job has ended; return how its runs stand then."""
+    started = idle = time.monotonic()
     shown = ""
     console = Console(stderr=True)
     with Live(console=console, transient=True, auto_refresh=False) as live:
         while True:
             alive = _alive(sweep)
-            states = look(sweep, alive, done) if alive is not None else {}
-            line = in_brief(states) if states else "SLURM doesn't answer; trying again"
+            states = look(sweep, alive or {}, done)
+            line = in_brief(states) if alive is not None else "SLURM doesn't answer; trying again"
             if console.is_terminal:
                 live.update(Text(line), refresh=True)
             elif line != shown:
                 print(line, file=sys.stderr, flush=True)
             shown = line
             now = time.monotonic()
-            if not states or {"running", "waiting"} & set(states.values()):
-                settled = now
-            elif "lost" not in states.values() or now - settled >= AGREED:
+            if alive is None or alive:
+                idle = now
+            elif "lost" not in states.values() or now - idle >= AGREED:
                 return states
             time.sleep(min(LAST_PAUSE, max(FIRST_PAUSE, (now - started) / 20)))
 
@@ -108,8 +109,9 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
     recorded = code.submit(sweep.path / "code", first.snapshot)
     ids = [run.id for run in missing]
     jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
-    submitted = cluster.submit(sweep, jobs, planned.launcher)
-    sweep.submitted(Submission(kind, submitted, recorded))
+    # a launcher that is killed before it can note the jobs has noted where to look for them
+    sweep.submitted(Submission(kind, {}, recorded))
+    sweep.submitted(Submission(kind, cluster.submit(sweep, jobs, planned.launcher), recorded))
     print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}; Ctrl-C cancels", flush=True)
 
 
@@ -121,14 +123,18 @@ def _alive(sweep: Sweep) -> dict[str, str] | None:
         return None
 
 
-def _estimate(sweep: Sweep, missing: Sequence[Run]) -> str:
-    """What the missing runs will take, if all kinds of them have a finished run in the results to go by."""
-    kinds: Counter[Path] = Counter(sweep.folder(run).parent for run in missing)
+def _estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
+    """What the missing runs will take, by the finished runs of their kinds in the results; `gpus` of them each."""
+    kinds = Counter(sweep.folder(run).parent for run in missing)
     seconds = {kind: _seconds(kind) for kind in kinds}
-    unknown = sum(count for kind, count in kinds.items() if seconds[kind] is None)
     hours = sum((seconds[kind] or 0) * count for kind, count in kinds.items()) / 3600
-    told = f"{len(missing)} to do, about {hours:.2g} hours of work"
-    return told if not unknown else f"{told}, and {unknown} of which none is finished to go by" if hours else f"{len(missing)} to do"
+    unknown = sum(count for kind, count in kinds.items() if seconds[kind] is None)
+    told = [f"{len(missing)} to do"]
+    if hours:
+        told.append(f"about {hours:.2g} hours of work" + (f" and {hours * gpus:.2g} GPU-hours" if gpus else ""))
+    if unknown:
+        told.append(f"{unknown} of them of a kind of which none is finished to go by")
+    return ", ".join(told)
 
 
 def _seconds(kind: Path) -> float | None:

@@ -71,7 +71,6 @@ def plan(arguments: Sequence[str]) -> Plan:
             place = configs[others]
             if seed is None:
                 seed = checked[place].seed
-            replace(checked[place], seed=seed)  # its range is checked
             made = Run(hash_of({**plain[place], "seed": seed}), place, seed)
             runs.setdefault(made.id, made)
     if not runs:
@@ -91,7 +90,7 @@ def _without_seed(overrides: list[str]) -> tuple[tuple[str, ...], int | None]:
     """The overrides but that of the seed, where it is a number, and the seed."""
     last = next((override for override in reversed(overrides) if override.startswith("seed=")), "")
     seed = last.removeprefix("seed=")
-    if not seed.isdecimal():
+    if not seed.isdecimal() or int(seed) >= 2**32:  # composed, and then told what is wrong
         return tuple(overrides), None
     return tuple(override for override in overrides if override != last), int(seed)
 
@@ -104,6 +103,7 @@ def _compose(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     composed: DictConfig = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     config = run.check(composed)
     require(config.cluster is not None, "cluster: its file must set cluster.jobs and cluster.at_once")
+    require(not config.force, "force=true doesn't go with cluster=: only what is missing is run; move finished runs away")
     require(present(config.data), f"{config.data.name} is not under {data_root(config.data)}; run {fetch_command(config)}")
     data = replace(config.data, root=str(data_root(config.data).absolute()))
     placed = replace(config, data=data, results_dir=str(Path(config.results_dir).absolute()))

@@ -42,7 +42,8 @@ def look(sweep: Sweep, alive: Mapping[str, str], done: set[str]) -> dict[str, St
         if run in done:
             return "done"
         tries = attempts.get(run, [])
-        if job := jobs.get(run):
+        # a launcher that was killed may not have noted whose job it is
+        if job := jobs.get(run, tries[-1].job if tries and tries[-1].job in alive else None):
             return _under_way(job, alive[job], tries)
         if tries:
             return ENDED[tries[-1].outcome]
@@ -91,8 +92,8 @@ def mishaps(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str],
     """A line for every run that something befell: its state, and what befell it at each try."""
     attempts, lines = sweep.attempts(), []
     for run in sweep.runs:
-        tries = [attempt for attempt in attempts.get(run.id, []) if attempt.outcome != "done"]
-        told = [_befell(attempt, alive, histories.get(attempt.job, [])) for attempt in tries]
+        tries = attempts.get(run.id, [])
+        told = [_befell(attempt, alive, histories.get(attempt.job, [])) for attempt in tries if attempt.outcome != "done"]
         if not tries and states[run.id] == "lost":
             told = ["its job was gone before it began"]
         if told := [word for word in told if word]:
@@ -110,12 +111,16 @@ def _befell(attempt: Attempt, alive: Mapping[str, str], history: Sequence[str]) 
     """What befell an attempt; "" where it is under way."""
     told = attempt.told()
     place = f"job {attempt.job} on {told.get('host', 'an unknown node')}"
+    reason = told.get("reason", "no reason could be written")
+    if attempt.outcome in ("failed", "refused"):
+        return f"{attempt.outcome} in {place}: {reason}"
+    # the job's own end tells why the run was killed, unless it ended well
+    ended = history[attempt.restart] if attempt.restart < len(history) else ""
+    says = f" (SLURM: {ended})" if ended and ended not in ("COMPLETED", "RUNNING", "PENDING") else ""
     if attempt.outcome != "open":
-        return f"{attempt.outcome} in {place}: {told.get('reason') or 'no reason could be written'}"
-    if alive.get(attempt.job) == "RUNNING" and attempt.restart >= len(history) - 1:
-        return ""
-    ended = f", {history[attempt.restart]} says SLURM" if attempt.restart < len(history) else ""
-    return f"gone with {place}{ended}"
+        return f"{attempt.outcome} in {place}: {reason}{says}"
+    under_way = alive.get(attempt.job) == "RUNNING" and attempt.restart >= len(history) - 1
+    return "" if under_way else f"gone with {place}{says}"
 
 
 def _full_disk(place: Path) -> list[str]:

@@ -22,7 +22,7 @@ PAUSE = 1.0  # seconds between two looks at a run that another process is at
 def main(sweep: str, run: str, submitted: str) -> int:
     """Check what was submitted, and run it; return the exit code of python -m src.run."""
     try:
-        require(fingerprint() == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep with it, or undo that")
+        require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
         found = Sweep(Path(sweep))
         config = checked(found, found.by_id[run])
         wait(RunFolder(config))
