@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,19 @@ def joined(files: Sequence[Path]) -> bytes:
 
     Raises: UserError naming a file that is missing or damaged.
     """
-    tables = []
-    for file in files:
-        try:
-            tables.append(pq.ParquetFile(file).read())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file}: missing or damaged ({str(error).splitlines()[0]}); move its folder away and run it again") from error
+    with ThreadPoolExecutor() as pool:
+        tables = list(pool.map(_table, files))
     quantities: dict[str, str] = {}
     for table in tables:
         quantities |= json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
     return _to_bytes(pa.concat_tables(tables, promote_options="permissive"), quantities)
+
+
+def _table(file: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: missing or damaged ({str(error).splitlines()[0]}); move its folder away and run it again") from error
 
 
 def _to_bytes(table: pa.Table, quantities: Mapping[str, str]) -> bytes:
