@@ -71,80 +71,73 @@ def see(user: User, number: str, state: str) -> None:
     user.until(lambda: state in slurm_says(user, "sinfo", "-h", "-N", "-n", f"node{number}", "-o", "%T"), f"node{number} {state}")
 
 
-def test_a_sweep_on_which_everything_falls(user: User) -> None:
-    """Every run's rows are there once, and equal those of a sweep that nothing befell; the table names each mishap."""
-    user.order("raise", 1)
-    user.order("kill", 2)
-    user.order("hold", 3, 4, 5, 6)
-    launcher = user.start("src.run", "-m", "experiment=tiny", "seed=range(8)", "cluster=slurm")
-    user.until(lambda: all(user.began(seed) for seed in range(8)), "all runs begin")
-
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
-    slurm_says(user, "scancel", job(user, 3))
-    slurm_says(user, "scancel", "--signal=USR2", job(user, 4))
-    crashed = node(user, 5)
-    subprocess.run([Path(user.environment["SLURM_TEST_DIR"]) / "node", "kill", crashed], check=True)
-    user.until(lambda: user.attempts(4)[0].outcome == "stopped", "the job at its time limit is stopped")
-    watching = user.start("src.sweep", "resume", user.sweep().name)
-    see(user, crashed, "down")
-    subprocess.run([Path(user.environment["SLURM_TEST_DIR"]) / "node", "start", crashed], check=True)
-    user.until(lambda: user.began(5) > 1, "another node takes the run of the one that crashed")
-    user.order("go on", 3, 4, 5, 6)
-    code, out = user.ended(watching)
-
-    assert code == 1, out
-    assert f"this finishes the rest: python -m src.sweep resume {user.sweep().name}" in out
-    assert "ZeroDivisionError: by order" in out
-    assert "killed by SIGKILL" in out
-    assert "CANCELLED" in out
-    assert "its job reached the time limit or was preempted" in out
-    assert "NODE_FAIL" in out
-    assert {attempt.told()["host"] for seed in range(8) for attempt in user.attempts(seed)} == {"node1", "node2", "node3"}
-
-    user.order("go on", 1, 2)
-    code, out = user.call("src.sweep", "resume", user.sweep().name)
-    assert code == 0, out
-    assert measured(user.tree / "results") == {seed: expected(seed) for seed in range(8)}
-    code, out = user.call("src.run", "-m", "experiment=tiny", "seed=range(8)", "cluster=slurm")
-    assert (code, "submitted" in out) == (0, False)
-    assert slurm_says(user, "squeue", "-h") == ""
+def slurmd_of(user: User, number: str) -> int:
+    """The process of a node's slurmd, the first in its namespace."""
+    namespace = (Path(user.environment["SLURM_TEST_DIR"]) / f"run/node{number}.pid").read_text().strip()
+    return int(subprocess.run(["pgrep", "-P", namespace], capture_output=True, text=True, check=True).stdout)
 
 
-def test_nodes_out_of_sight_preemption_and_a_full_disk(user: User) -> None:
-    disk = Path(user.environment["DISK"])
-    (user.tree / "results").symlink_to(disk)
-    user.order("hold", 0, 1, 2)
-    launcher = user.start("src.run", "-m", "experiment=tiny", "seed=range(3)", "cluster=slurm")
-    user.until(lambda: all(user.began(seed) for seed in range(3)), "all runs begin")
+def stopped(user: User, seed: int) -> bool:
+    return any(attempt.outcome == "stopped" for attempt in user.attempts(seed))
 
-    # SLURM takes the node for dead and starts a copy of the job elsewhere, while the first works on
-    unseen = node(user, 0)
-    controller = (Path(user.environment["SLURM_TEST_DIR"]) / f"run/node{unseen}.pid").read_text().strip()
-    slurmd = int(subprocess.run(["pgrep", "-P", controller], capture_output=True, text=True, check=True).stdout)
-    os.kill(slurmd, signal.SIGSTOP)
-    user.until(lambda: len(user.attempts(0)) == 2, "a copy is started")
-    user.order("go on", 0)
-    user.until(lambda: 0 in measured(user.tree / "results"), "the first ends its run")
-    user.until(lambda: user.attempts(0)[1].outcome == "done", "the copy finds it finished")
-    assert user.began(0) == 1
-    os.kill(slurmd, signal.SIGCONT)
-    see(user, unseen, "idle")
 
-    slurm_says(user, "sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, 1)}", "-o", "/dev/null", "--wrap", "true")
-    user.until(lambda: user.began(1) == 2, "the preempted run begins again")
-
-    with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+def fill(place: Path) -> None:
+    with place.open("wb", buffering=0) as filler, suppress(OSError):
         while True:
             filler.write(bytes(4096))
-    user.order("go on", 1, 2)
-    code, out = user.ended(launcher)
+
+
+def test_a_sweep_that_everything_befalls(user: User) -> None:
+    """Every run's rows are there once, and equal those of a sweep that nothing befell; the table names each mishap."""
+    disk, control = Path(user.environment["DISK"]), Path(user.environment["SLURM_TEST_DIR"]) / "node"
+    results = user.tree / "results"
+    results.symlink_to(disk)
+    user.order("raise", 1)
+    user.order("kill", 2)
+    user.order("hold", 0, 3, 4, 5)
+    launcher = user.start("src.run", "-m", "experiment=tiny", "seed=range(6)", "cluster=slurm")
+    user.until(lambda: all(user.began(seed) for seed in range(6)), "all runs begin")
+    assert {node(user, seed) for seed in range(6)} == {"1", "2", "3"}
+
+    # the launcher is killed, a job cancelled; a node crashes, and another is taken for dead while its run goes on
+    launcher.kill()
+    crashing, cancelled, timed_out = sorted((3, 4, 5), key=lambda seed: node(user, seed) == node(user, 0))
+    user.order("go on", cancelled)
+    slurm_says(user, "scancel", job(user, cancelled))
+    unseen, crashed = node(user, 0), node(user, crashing)
+    os.kill(slurmd := slurmd_of(user, unseen), signal.SIGSTOP)
+    subprocess.run([control, "kill", crashed], check=True)
+    watching = user.start("src.sweep", "resume", user.sweep().name)
+    see(user, crashed, "down")
+    subprocess.run([control, "start", crashed], check=True)
+    user.until(lambda: len(user.attempts(0)) == 2 and user.began(crashing) == 2, "the runs of both nodes are begun elsewhere")
+    user.order("go on", 0)
+    user.until(lambda: user.attempts(0)[1].outcome == "done", "the copy finds the run finished by the first")
+    assert user.began(0) == 1
+    os.kill(slurmd, signal.SIGCONT)
+
+    # a time limit is reached, and a job preempted by a higher partition
+    slurm_says(user, "scancel", "--signal=USR2", job(user, timed_out))
+    slurm_says(user, "sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, crashing)}", "-o", "/dev/null", "--wrap", "true")
+    begun = {seed: user.began(seed) for seed in (timed_out, crashing)}
+    user.until(lambda: all(stopped(user, seed) and user.began(seed) > begun[seed] for seed in begun), "both begin again")
+
+    # the disk of the results is full
+    fill(disk / "filler")
+    user.order("go on", timed_out, crashing)
+    code, out = user.ended(watching)
     assert code == 1, out
+    assert f"this finishes the rest: python -m src.sweep resume {user.sweep().name}" in out
+    for told in ("ZeroDivisionError: by order", "killed by SIGKILL", "CANCELLED", "NODE_FAIL", "reached the time limit or was preempted"):
+        assert told in out
     assert "no space left on the disk" in out
-    assert "its job reached the time limit or was preempted" in out
-    assert measured(user.tree / "results") == {0: expected(0)}
+    assert set(measured(results)) == {0, cancelled}
 
     (disk / "filler").unlink()
+    user.order("go on", 1, 2)
     code, out = user.call("src.sweep", "resume", user.sweep().name)
     assert code == 0, out
-    assert measured(user.tree / "results") == {seed: expected(seed) for seed in range(3)}
+    assert measured(results) == {seed: expected(seed) for seed in range(6)}
+    code, out = user.call("src.run", "-m", "experiment=tiny", "seed=range(6)", "cluster=slurm")
+    assert (code, "submitted" in out) == (0, False)
+    assert slurm_says(user, "squeue", "-h") == ""
