@@ -106,11 +106,13 @@ class Process:
         self.attempt.end(outcome, reason)
 
     def _reason(self, code: int) -> str:
-        """Why it ended: the signal that killed it, or the error that it told last."""
+        """Why it ended: the signal that killed it, or the error that it told last; "" when it ended well."""
+        if code == 0:
+            return ""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         errors = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
-        return errors[-1].removeprefix("error: ") if errors else f"exit code {code}" if code else ""
+        return errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
 
 
 def _environment(code: Code, slot: int) -> dict[str, str]:
