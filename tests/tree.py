@@ -82,7 +82,7 @@ def draw(rows):
 def plant(folder: Path) -> Path:
     """Copy the code into a folder, and add the tiny experiment."""
     for part in ("src", "conf", "experiments", "paper_figures"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "reference", "output"))
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("reference", "output"))
     (folder / "conf/experiment/tiny.yaml").write_text(YAML, encoding="utf-8")
     (folder / "experiments/tiny.py").write_text(EXPERIMENT, encoding="utf-8")
     (folder / "paper_figures/tiny.py").write_text(FIGURE, encoding="utf-8")
@@ -122,6 +122,8 @@ class User:
     def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a command; what it prints is read at its end."""
         environment = {**self.environment, "ORDERS": str(self.tree / "orders")}
+        # what the first run compiles serves all
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         process = subprocess.Popen(
             command(module, *arguments), cwd=self.tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -15,6 +15,7 @@ from src.sweep.folder import Sweep
 from src.sweep.job import Job
 
 PAUSE = 0.1  # seconds between two looks at a job that is being ended
+ENDING = 10.0  # seconds that a job may take to end its runs
 PATIENCE = 60.0  # seconds that a command of SLURM may take
 Kind = Literal["local", "slurm"]
 KINDS: dict[str, Kind] = {"LocalLauncher": "local", "SlurmLauncher": "slurm"}
@@ -102,12 +103,18 @@ def cancel(sweep: Sweep) -> None:
         if _is_controller(sweep, job):
             # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
             os.kill(int(job), signal.SIGKILL)
-            while any(attempt.job == job and attempt.outcome == "open" for tries in sweep.attempts().values() for attempt in tries):
+            deadline = time.monotonic() + ENDING
+            while time.monotonic() < deadline and _at_work(sweep, job):
                 time.sleep(PAUSE)
 
 
 def _ours(sweep: Sweep) -> tuple[str, str]:
     return f"--user={getpass.getuser()}", f"--name={job_name(sweep)}"
+
+
+def _at_work(sweep: Sweep, job: str) -> bool:
+    """Whether a job has runs that it hasn't told the end of; one that was killed never will."""
+    return any(attempt.job == job and attempt.outcome == "open" for tries in sweep.attempts().values() for attempt in tries)
 
 
 def _is_controller(sweep: Sweep, job: str) -> bool:
