@@ -107,6 +107,15 @@ class TrackerConfig:
     mode: Literal["offline", "online", "none"]
     project: Annotated[str, Field(min_length=1)]
     entity: str | None
+    group: str | None = None  # None: the experiment's name; a sweep sets its own
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClusterConfig:
+    """How the runs of a sweep share jobs; what a job is given stands under hydra.launcher."""
+
+    jobs: Count  # into so many jobs at most a sweep is split
+    at_once: Count | None  # runs that a job works on at the same time, sharing its GPUs; None: one a CPU
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -216,6 +225,9 @@ class Config:
     scale: ScaleConfig
     tracker: TrackerConfig
     model_keys: list[str] = Field(default_factory=list)  # of `model`, those that the experiment leaves open
+    cluster: ClusterConfig | None = None  # None: the runs go one after the other in this process
+    detach: Flag = False  # leave the jobs of a sweep behind and return
+    snapshot: Flag = False  # run the jobs of a sweep from a copy of the code
 
 
 def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:

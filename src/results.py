@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from src.config import Config
 from src.errors import UserError
 
 # what decides where and how a run is made, but none of its numbers
-INDECISIVE = ("results_dir", "force", "device", "tracker", "claim", "model_keys")
+INDECISIVE = ("results_dir", "force", "device", "tracker", "claim", "model_keys", "cluster", "detach", "snapshot")
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -44,8 +45,26 @@ def decisive(config: Config) -> dict[str, Any]:
 
 
 def run_hash(config: Config) -> str:
+    """The hash that names the run of a config."""
+    return hash_of(decisive(config))
+
+
+def hash_of(plain: Mapping[str, Any]) -> str:
     """The first ten hexadecimal digits of sha256 over the decisive part of a config."""
-    return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def from_plain(plain: object) -> Config:
+    """The config that `to_plain` made plain.
+
+    Raises: ValueError when it is none.
+    """
+    return TypeAdapter(Config).validate_python(plain)
+
+
+def folder_of(config: Config, seed: int, run: str) -> Path:
+    """Where the run of that seed and id lies, of a config or of its like with another seed."""
+    return Path(config.results_dir) / config.claim.name / config.data.name / config.scale.name / f"seed{seed}-{run}"
 
 
 class RunError(Exception):
@@ -60,8 +79,8 @@ class RunFolder:
         self.config = config
         fallback = f"-fallback-{data}" if data not in (None, config.data.name) else ""
         self.id = run_hash(config) + fallback
-        place = Path(config.results_dir) / config.claim.name / config.data.name / config.scale.name
-        self.path = place / f"seed{config.seed}-{self.id}"
+        self.path = folder_of(config, config.seed, self.id)
+        place = self.path.parent
         self._new, self._previous, self._failed, self._lock = (
             place / f".{self.path.name}.{beside}" for beside in ("new", "previous", "failed", "lock")
         )
@@ -75,6 +94,17 @@ class RunFolder:
     def answers(self) -> bool:
         """Whether the run is finished and need not be made again."""
         return self.status == "done" and not self.config.force
+
+    @property
+    def owned(self) -> bool:
+        """Whether a living process is at this run, on whatever node: the lock dies with its owner."""
+        try:
+            with filelock.FileLock(self._lock, timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+        except OSError:  # no folder for it yet, or none that can be written
+            return False
 
     def verdicts(self) -> list[dict[str, Any]]:
         """The verdicts of a finished run.
@@ -147,7 +177,7 @@ class RunFolder:
         try:
             self._new.mkdir()
             write_atomically(self._new / "config.yaml", OmegaConf.to_yaml(to_plain(self.config)))
-            write_atomically(self._new / "status.json", _to_json({"status": "running", "pid": os.getpid()}))
+            write_atomically(self._new / "status.json", _to_json({"status": "running", "host": socket.gethostname(), "pid": os.getpid()}))
             self._set_aside()
             self._new.rename(self.path)
         finally:
@@ -209,7 +239,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def _load_decisive(path: Path) -> dict[str, Any] | None:
     try:
-        return decisive(TypeAdapter(Config).validate_python(OmegaConf.to_container(OmegaConf.load(path))))
+        return decisive(from_plain(OmegaConf.to_container(OmegaConf.load(path))))
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

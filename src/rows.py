@@ -1,7 +1,8 @@
 """Rows: one measurement a line, long format, units in the quantity's description; stored as Parquet."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,7 @@ def to_parquet(rows: pd.DataFrame, quantities: Mapping[str, str], stamp: Mapping
     found = set(rows["quantity"].unique())
     if found != set(quantities):
         raise ValueError(f"quantities measured and described differ: {', '.join(sorted(found ^ set(quantities)))}")
-    table = pa.Table.from_pandas(rows.assign(**stamp), preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DESCRIPTIONS: json.dumps(dict(quantities)).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return _to_bytes(pa.Table.from_pandas(rows.assign(**stamp), preserve_index=False), quantities)
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -58,6 +55,34 @@ def read(path: Path) -> pd.DataFrame:
     rows = table.to_pandas()
     rows.attrs["quantities"] = json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
     return rows
+
+
+def joined(files: Sequence[Path]) -> bytes:
+    """The rows of many files as one Parquet table; a column that some haven't is empty there.
+
+    Raises: UserError naming a file that is missing or damaged.
+    """
+    with ThreadPoolExecutor() as pool:
+        tables = list(pool.map(_table, files))
+    quantities: dict[str, str] = {}
+    for table in tables:
+        quantities |= json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
+    return _to_bytes(pa.concat_tables(tables, promote_options="permissive"), quantities)
+
+
+def _table(file: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: missing or damaged ({str(error).splitlines()[0]}); move its folder away and run it again") from error
+
+
+def _to_bytes(table: pa.Table, quantities: Mapping[str, str]) -> bytes:
+    """A table as Parquet, the quantities' descriptions in its schema."""
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DESCRIPTIONS: json.dumps(dict(quantities)).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
 def finished_runs(results_dir: Path, experiment: str) -> list[Path]:

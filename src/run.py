@@ -2,7 +2,8 @@
 
     python -m src.run                                   lists the experiments
     python -m src.run experiment=residual_unlock        runs one
-    python -m src.run -m experiment=a,b 'seed=range(3)' runs a sweep
+    python -m src.run -m experiment=a,b 'seed=range(3)' runs a sweep, here and one after the other
+    python -m src.run -m … cluster=slurm                the same as jobs, and only what is missing (src/sweep)
 
 Exit code 0: done; 1: a run failed; 2: the user can mend it; 130: interrupted.
 """
@@ -23,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, known_keys, register_resolvers, to_config, unknown_key
+from src.config import Config, known_keys, register_resolvers, require, to_config, unknown_key
 from src.data.catalogue import CATALOGUE
 from src.errors import UserError
 from src.results import RunError
@@ -49,6 +50,10 @@ def main() -> int:
 
     try:
         asked = _options()
+        if _on_a_cluster(asked):
+            from src.sweep.launch import launch
+
+            return launch(asked.overrides)
         task()
         if not codes and not (asked.cfg or asked.info):
             raise UserError(f"nothing to run: no experiment matches; there are {', '.join(_experiments())}")
@@ -56,7 +61,7 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (UserError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        return _complain(_explain(error), 2)
+        return complain(_explain(error), 2)
     return max(codes, default=0)
 
 
@@ -64,6 +69,14 @@ def run(composed: DictConfig) -> int:
     """Run one composed config; what goes wrong is told and turned into the exit code that is returned, so that a sweep goes on."""
     try:
         config = check(composed)
+    except UserError as error:
+        return complain(str(error), 2)
+    return carry_out(config)
+
+
+def carry_out(config: Config) -> int:
+    """Run one checked config; return the exit code."""
+    try:
         # heavy imports only now that the config is known to be good
         from src.report import run_and_report
 
@@ -71,9 +84,9 @@ def run(composed: DictConfig) -> int:
         run_and_report(config)
         return 0
     except UserError as error:
-        return _complain(str(error), 2)
+        return complain(str(error), 2)
     except RunError as error:
-        return _complain(str(error), 1)
+        return complain(str(error), 1)
     except Exception:
         # no run folder holds it yet
         traceback.print_exc()
@@ -90,6 +103,8 @@ def check(composed: DictConfig) -> Config:
     if "claim" not in composed:
         raise UserError(f"no experiment given; add experiment=NAME, one of {', '.join(_experiments())}")
     config = to_config(composed)
+    for key in ("detach", "snapshot"):
+        require(config.cluster is not None or not composed[key], f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
     name = config.claim.name
     file = CONF / "experiment" / f"{name}.yaml"
     own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else None
@@ -150,7 +165,14 @@ def _options() -> Namespace:
     return parser.parse_args()
 
 
-def _complain(message: str, code: int) -> int:
+def _on_a_cluster(asked: Namespace) -> bool:
+    """Whether a command line runs something, and says on which cluster."""
+    shows = asked.cfg or asked.info or asked.help or asked.hydra_help
+    return not shows and any(override.startswith("cluster=") for override in asked.overrides)
+
+
+def complain(message: str, code: int) -> int:
+    """Tell what went wrong in one line; return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 

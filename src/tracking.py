@@ -112,7 +112,7 @@ def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
-    """The tracker of a run: group = experiment, job type = claim, name and id = the run's hash.
+    """The tracker of a run: group = sweep or else experiment, job type = claim, name and id = the run's hash.
 
     Args:
         config: its `tracker.mode` is none, offline or online.
@@ -133,7 +133,7 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
         run = wandb.init(
             project=config.tracker.project,
             entity=config.tracker.entity,
-            group=config.claim.name,
+            group=config.tracker.group or config.claim.name,
             job_type=config.claim.heading,
             name=run_id,
             id=run_id,

@@ -43,7 +43,7 @@ def test_groups_and_their_defaults(cli: CommandLine) -> None:
     assert groups == {"experiment", "data", "model", "training", "scale", "tracker", "cluster"}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         choices = compose("config", return_hydra_config=True).hydra.runtime.choices
-    assert choices.cluster == "local"
+    assert choices.cluster is None
     assert choices["hydra/launcher"] == "basic"
     assert choices.tracker == "offline"
     assert choices.scale == "quick"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import provenance
+from src import code, provenance
 
 
 def test_the_commit_is_that_of_the_repository_and_unknown_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -17,5 +17,5 @@ def test_the_commit_is_that_of_the_repository_and_unknown_without_one(monkeypatc
     assert found["commit"] == head
     assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert "CPU" in found["device"]
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(code, "ROOT", tmp_path)
     assert provenance.surroundings(torch.device("cpu"))["commit"] == "unknown"

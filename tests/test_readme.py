@@ -40,12 +40,18 @@ def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
     module = command[2]
     if module == "src.data":
         return [*command, "--root", str(DATA_ROOT)]
+    if module == "src.sweep":
+        (sweep, *_) = (results / ".sweep").iterdir()
+        return [argument.replace("SWEEP", str(sweep)) for argument in command]
     if module == "src.certify":
         return [*command, "--data", "digits", "--samples", "1"]
     if module == "paper_figures":
         return [*command, "--results", str(results), "--out", str(out)]
     if not any(argument.startswith("experiment=") for argument in command):
         return command
+    if any(argument.startswith("cluster=") for argument in command):
+        command = ["cluster=local" if argument.startswith("cluster=") else re.sub(r"range\(\d+\)", "0", argument) for argument in command]
+        return [*command, f"results_dir={results}", *SMALL, "data=digits", "tracker=none"]
     # no axis is every experiment's own
     small = ("scale=smoke", "data=digits") if "experiment=glob(*)" in command else SMALL
     return [*command, f"results_dir={results}", *small, *OFFLINE]
@@ -60,7 +66,7 @@ def answer(arguments: list[str]) -> str:
 
 def test_the_commands_are_found() -> None:
     modules = [command[2] for command in commands()]
-    assert {"src.run", "src.data", "src.certify", "paper_figures"} == set(modules)
+    assert {"src.run", "src.data", "src.certify", "src.sweep", "paper_figures"} == set(modules)
     assert not any("#" in argument for command in commands() for argument in command)
     mentioned = [line for line in README.splitlines() if re.match(r"python -m (src|paper_figures)", line)]
     assert len({line.split("#")[0].strip() for line in mentioned}) == len(modules)
@@ -70,7 +76,7 @@ def test_the_commands_are_found() -> None:
 def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> None:
     if command[2] == "src.data" and not DATA_ROOT:
         pytest.skip("DATA_ROOT is not set: fetching would download")
-    if "data=cifar10" in command and not (DATA_ROOT and (Path(DATA_ROOT) / "cifar-10-batches-py").is_dir()):
+    if {"data=cifar10", "cifar10"} & set(command) and not (DATA_ROOT and (Path(DATA_ROOT) / "cifar-10-batches-py").is_dir()):
         pytest.skip("no CIFAR-10 under DATA_ROOT: fetching would download")
     printed = answer(within_the_test(command, results, tmp_path)[1:])
     assert printed.strip()

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def test_the_hash_depends_on_everything_else(plain: Config) -> None:
 
 def test_every_key_decides_or_is_known_not_to(plain: Config) -> None:
     everything, decisive = results.to_plain(plain), results.decisive(plain)
-    assert set(everything) - set(decisive) == {"results_dir", "force", "device", "tracker", "claim", "model_keys"}
+    assert set(everything) - set(decisive) == {
+        *("results_dir", "force", "device", "tracker", "claim", "model_keys", "cluster", "detach", "snapshot")
+    }
     assert set(everything["data"]) - set(decisive["data"]) == {"root", "mirrors", "fallback"}
     for part in ("model", "training", "grid", "criteria", "scale"):
         assert decisive[part] == everything[part]
@@ -121,10 +124,16 @@ def test_a_run_is_running_then_done(config: Config) -> None:
     folder = RunFolder(config)
     assert folder.status is None
     with folder.running():
-        assert json.loads((folder.path / "status.json").read_bytes()) == {"status": "running", "pid": os.getpid()}
+        assert json.loads((folder.path / "status.json").read_bytes()) == {
+            "status": "running",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         assert not folder.answers
+        assert RunFolder(config).owned
     assert folder.status == "done"
     assert folder.answers
+    assert not folder.owned
     assert not RunFolder(replace(config, force=True)).answers
     assert beside(folder) == []
 

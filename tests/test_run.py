@@ -273,3 +273,9 @@ def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(start: 
     ]
     assert "Traceback" not in done.stderr
     assert "already finished" in done.stdout
+
+
+@pytest.mark.parametrize("key", ["detach", "snapshot"])
+def test_what_speaks_of_jobs_needs_a_cluster(start: CommandLine, tiny: Tiny, key: str) -> None:
+    answer = start(f"{key}=true")
+    assert (answer.code, answer.error) == (2, f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")

@@ -1,0 +1,83 @@
+"""Look after a sweep from any shell.
+
+    python -m src.sweep status SWEEP     how its runs stand, and what befell them
+    python -m src.sweep resume SWEEP     submit what is missing, and watch
+    python -m src.sweep cancel SWEEP     end its jobs
+    python -m src.sweep collect SWEEP    the rows of its finished runs in one table
+
+SWEEP is its name, or its folder when it isn't under results/. Exit code 0: done; 1: runs failed or are lost; 2: the user can mend it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from src.config import register_resolvers
+from src.errors import UserError
+from src.results import write_atomically
+from src.run import complain
+from src.sweep import cluster
+from src.sweep.folder import Sweep, find
+from src.sweep.launch import launch, tell
+from src.sweep.state import look
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answer the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m src.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("sweep", metavar="SWEEP")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for resume: detach=true, or what a job is given")
+    options = parser.parse_args(arguments)
+    try:
+        if options.overrides and options.command != "resume":
+            raise UserError(f"{options.command}: takes no {options.overrides[0]}")
+        return COMMANDS[options.command](find(options.sweep), options.overrides)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        return complain(str(error), 2)
+
+
+def status(sweep: Sweep, _: list[str]) -> int:
+    """Print how the runs stand; return 1 if one is failed, lost or missing."""
+    return tell(sweep, look(sweep, cluster.alive(sweep), set()))
+
+
+def resume(sweep: Sweep, overrides: list[str]) -> int:
+    """Submit what is missing with the code as it is now; return 0 when all is done.
+
+    Raises: UserError when the sweep's command line now stands for other runs.
+    """
+    os.chdir(sweep.cwd)
+    kept = [override for override in sweep.arguments if not override.startswith("detach=")]
+    return launch([*kept, *overrides], expected=sweep.name)
+
+
+def cancel(sweep: Sweep, _: list[str]) -> int:
+    """End the sweep's jobs."""
+    cluster.cancel(sweep)
+    print(f"sweep {sweep.name}: its jobs are cancelled; python -m src.sweep resume {sweep.called} goes on with it")
+    return 0
+
+
+def collect(sweep: Sweep, _: list[str]) -> int:
+    """Write the rows of all finished runs into one file; return 1 if some are not finished."""
+    from src import rows
+
+    finished = [run for run in sweep.runs if sweep.done(run)]
+    if not finished:
+        raise UserError(f"sweep {sweep.name}: no run is finished; python -m src.sweep status {sweep.called}")
+    file = sweep.path / "rows.parquet"
+    write_atomically(file, rows.joined([sweep.folder(run) / "rows.parquet" for run in finished]))
+    print(f"{len(finished)} of {len(sweep.runs)} runs: {file}")
+    return int(len(finished) < len(sweep.runs))
+
+
+COMMANDS: dict[str, Callable[[Sweep, list[str]], int]] = {"status": status, "resume": resume, "cancel": cancel, "collect": collect}
+
+if __name__ == "__main__":
+    register_resolvers()
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""A sweep on disk: `<results_dir>/.sweep/<sweep>/`, with its plan, submissions, attempts and logs.
+
+An attempt is one try of a job at a run. How it ended is in its file's name, `<run>.<job>.<restart>.<outcome>`: to rename needs no space,
+so that a full disk is told too, and one look into the folder tells of ten thousand runs.
+"""
+
+import json
+import os
+import shlex
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from src.code import Code
+from src.config import Config
+from src.errors import UserError
+from src.results import folder_of, from_plain, read_status, to_plain, write_atomically
+from src.sweep.plan import Plan, Run
+
+Outcome = Literal["open", "done", "failed", "refused", "killed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a job at a run; how it ended is its outcome, "open" until then."""
+
+    run: str
+    job: str
+    restart: int
+    outcome: Outcome
+    file: Path
+
+    def told(self) -> dict[str, Any]:
+        """What is known of it: host, started, and once it ended also ended and reason. Empty where the disk was full."""
+        with suppress(OSError, ValueError):
+            return json.loads(self.file.read_bytes())
+        return {}
+
+    def end(self, outcome: Outcome, reason: str) -> None:
+        """Say how it ended, and why as far as there is space on the disk for it."""
+        file = self.file.with_name(".".join((*self.file.name.split(".")[:3], outcome)))
+        self.file.rename(file)
+        with suppress(OSError):
+            write_atomically(file, json.dumps({**replace(self, file=file).told(), "ended": time.time(), "reason": reason}))
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Jobs that were submitted together: which runs each has, and of what code."""
+
+    kind: Literal["local", "slurm"]
+    jobs: dict[str, list[str]]
+    code: Code
+
+
+class Sweep:
+    """One sweep on disk."""
+
+    def __init__(self, path: Path):
+        """Open the folder of a sweep.
+
+        Raises: UserError when there is none, or it is damaged.
+        """
+        self.path = path.absolute()
+        try:
+            told = json.loads((self.path / "plan.json").read_bytes())
+            self.arguments: list[str] = told["arguments"]
+            self.cwd: str = told["cwd"]
+            self._configs: list[dict[str, Any]] = told["configs"]
+            self.runs = [Run(*entry) for entry in told["runs"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no sweep is there; give its name, or with another results_dir its folder under .sweep") from error
+
+    @classmethod
+    def create(cls, plan: Plan) -> "Sweep":
+        """Write the plan of a sweep, where it isn't there already.
+
+        Raises: UserError when the place can't be written.
+        """
+        path = Path(plan.configs[0].results_dir) / ".sweep" / plan.name
+        told = {
+            "arguments": plan.arguments,
+            "cwd": os.getcwd(),
+            "configs": [to_plain(config) for config in plan.configs],
+            "runs": [(run.id, run.config, run.seed) for run in plan.runs],
+        }
+        try:
+            for part in ("attempts", "submissions", "logs", "code"):
+                (path / part).mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "plan.json", json.dumps(told))
+        except OSError as error:
+            raise UserError(f"{path}: can't be written ({error.strerror}); choose another results_dir") from error
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """Its id, the name of its folder."""
+        return self.path.name
+
+    @property
+    def called(self) -> str:
+        """What `python -m src.sweep` is given to find it from here."""
+        here = Path("results/.sweep").absolute() / self.name
+        return self.name if here == self.path else shlex.quote(str(self.path))
+
+    @cached_property
+    def configs(self) -> list[Config]:
+        """The configs of the sweep, W&B's group set to the sweep's id."""
+        return [self._config(plain) for plain in self._configs]
+
+    @cached_property
+    def by_id(self) -> dict[str, Run]:
+        """The runs by their ids."""
+        return {run.id: run for run in self.runs}
+
+    def config(self, run: Run) -> Config:
+        """The config of a run."""
+        return replace(self._config(self._configs[run.config]), seed=run.seed)
+
+    def folder(self, run: Run) -> Path:
+        """The run folder of a run."""
+        return folder_of(self.configs[run.config], run.seed, run.id)
+
+    def done(self, run: Run) -> bool:
+        """Whether a run is finished: its folder alone decides."""
+        return read_status(self.folder(run)) == "done"
+
+    def log(self, run: Run) -> Path:
+        """What a run printed."""
+        return self.path / "logs" / f"{run.id}.txt"
+
+    def begin(self, run: Run, job: str, restart: int) -> Attempt:
+        """Record that a job begins a run."""
+        file = self.path / "attempts" / f"{run.id}.{job}.{restart}.open"
+        write_atomically(file, json.dumps({"host": socket.gethostname(), "started": time.time()}))
+        return Attempt(run.id, job, restart, "open", file)
+
+    def attempts(self) -> dict[str, list[Attempt]]:
+        """All attempts by the run's id, oldest job first."""
+        found: dict[str, list[Attempt]] = {}
+        for entry in os.scandir(self.path / "attempts"):
+            # the name of a temporary file begins with a dot
+            if len(parts := entry.name.split(".")) == 4 and parts[0]:
+                run, job, restart, outcome = parts
+                found.setdefault(run, []).append(Attempt(run, job, int(restart), cast(Outcome, outcome), Path(entry.path)))
+        order = {job: place for place, job in enumerate(job for submission in self.submissions() for job in submission.jobs)}
+        for attempts in found.values():
+            attempts.sort(key=lambda attempt: (order.get(attempt.job, len(order)), attempt.restart))
+        return found
+
+    def submitted(self, submission: Submission) -> None:
+        """Record a submission."""
+        place = self.path / "submissions"
+        write_atomically(place / f"{len(list(place.glob('*.json'))):04}.json", json.dumps(asdict(submission)))
+
+    def submissions(self) -> list[Submission]:
+        """All submissions, oldest first."""
+        told = [json.loads(file.read_bytes()) for file in sorted((self.path / "submissions").glob("*.json"))]
+        return [Submission(entry["kind"], entry["jobs"], Code(**entry["code"])) for entry in told]
+
+    def _config(self, plain: dict[str, Any]) -> Config:
+        config = from_plain(plain)
+        return replace(config, tracker=replace(config.tracker, group=config.tracker.group or self.name))
+
+
+def find(name: str) -> Sweep:
+    """The sweep of a name, under results/, or of a folder.
+
+    Raises: UserError when there is none.
+    """
+    here = Path("results/.sweep") / name
+    return Sweep(here if here.is_dir() else Path(name))

@@ -1,0 +1,129 @@
+"""A job of a sweep: its runs, each in a process of its own, several at once if wanted.
+
+A run is a process of its own so that it may die in whatever way without taking the job along, and so that signals find the job awake:
+submitit's handler requeues it, and the runs, killed, are begun again.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from submitit import JobEnvironment
+from submitit.helpers import DelayedSubmission
+
+from src.code import SUBMITTED, Code
+from src.sweep.folder import Attempt, Outcome, Sweep
+from src.sweep.plan import Run
+
+PAUSE = 0.1  # seconds between two looks at the runs
+# by the exit code of python -m src.run
+ENDS: dict[int, Outcome] = {0: "done", 1: "failed", 2: "refused", 130: "stopped"}
+
+
+@dataclass
+class Job:
+    """What submitit pickles and calls: some runs of a sweep.
+
+    Attributes:
+        sweep: the sweep's folder.
+        runs: their ids.
+        at_once: how many are worked on at the same time; None: one a CPU.
+        code: what they are runs of.
+    """
+
+    sweep: Path
+    runs: list[str]
+    at_once: int | None
+    code: Code
+    stopped: str = field(default="its job was stopped", init=False)
+
+    def __call__(self) -> None:
+        """Work on all runs that are not finished; end all when this process is stopped or its parent has died."""
+        sweep = Sweep(self.sweep)
+        waiting = deque(run for run in map(sweep.by_id.__getitem__, self.runs) if not sweep.done(run))
+        slots: list[Process | None] = [None] * (self.at_once or _cpus())
+        parent = os.getppid()
+        try:
+            while waiting or any(slots):
+                if os.getppid() != parent:
+                    raise SystemExit("the process that started this job is gone")
+                for slot, process in enumerate(slots):
+                    if process and process.ended():
+                        slots[slot] = None
+                    if waiting and slots[slot] is None:
+                        slots[slot] = Process(sweep, waiting.popleft(), self.code, slot)
+                time.sleep(PAUSE)
+        finally:
+            for process in slots:
+                if process:
+                    process.kill(self.stopped)
+
+    def checkpoint(self, *_: object, **__: object) -> DelayedSubmission:
+        """What the requeued job does: the same, but for the runs that will be finished by then."""
+        self.stopped = "its job reached the time limit or was preempted"
+        return DelayedSubmission(Job(self.sweep, self.runs, self.at_once, self.code))
+
+
+class Process:
+    """A run as a process that dies with this one."""
+
+    def __init__(self, sweep: Sweep, run: Run, code: Code, slot: int):
+        self.log = sweep.log(run)
+        self.attempt: Attempt = sweep.begin(run, JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+        with self.log.open("wb") as log:
+            # what it is to import is the submitted code, whatever folder it runs in
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "src.sweep.work", sweep.path, run.id, code.fingerprint],
+                cwd=sweep.cwd,
+                env=_environment(code, slot),
+                stdin=subprocess.PIPE,  # closed by this process's death: the run's sign to die too
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def ended(self) -> bool:
+        """Whether it has ended; then how is recorded."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        self._end(ENDS.get(code, "killed"), self._reason(code))
+        return True
+
+    def kill(self, reason: str) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.wait()
+        self._end("stopped", reason)
+
+    def _end(self, outcome: Outcome, reason: str) -> None:
+        if self.process.stdin:
+            self.process.stdin.close()
+        self.attempt.end(outcome, reason)
+
+    def _reason(self, code: int) -> str:
+        """Why it ended: the signal that killed it, or the error that it told last; "" when it ended well."""
+        if code == 0:
+            return ""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        errors = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
+        return errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
+
+
+def _environment(code: Code, slot: int) -> dict[str, str]:
+    """The environment of a run in a slot: the code's root is imported from, and of several GPUs it sees its own."""
+    path = os.pathsep.join(part for part in (code.root, os.environ.get("PYTHONPATH")) if part)
+    own = {"PYTHONPATH": path, SUBMITTED: code.commit, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if gpus:
+        own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return {**os.environ, **own}
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,184 @@
+"""Launch a sweep: plan, submit what is missing, watch, tell."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import filelock
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from src import code
+from src.errors import UserError
+from src.sweep import cluster
+from src.sweep.folder import Submission, Sweep
+from src.sweep.plan import Plan, Run, plan
+from src.sweep.state import State, in_brief, look, report
+
+FIRST_PAUSE, LAST_PAUSE = 1.0, 20.0  # seconds between two looks: a twentieth of the time since the start, within these
+AGREED = 5.0  # seconds over which jobs must be gone: SLURM forgets one for a moment while it takes it from a dead node
+SAMPLED = 5  # finished runs whose time tells that of their like
+
+
+def launch(arguments: Sequence[str], expected: str | None = None) -> int:
+    """Make the runs of a command line that are missing, as jobs; return 0 when all are finished, 1 when one is not.
+
+    Args:
+        arguments: the command line.
+        expected: the name that the sweep must have, where it is an old one.
+
+    Raises: UserError when the command line is wrong or the jobs are refused; KeyboardInterrupt when interrupted.
+    """
+    planned = plan(arguments)
+    if planned.name != (expected or planned.name):
+        raise UserError(f"sweep {expected}: conf/ was changed, its command line now stands for other runs (sweep {planned.name})")
+    kind = cluster.kind_of(planned.launcher)
+    sweep = Sweep.create(planned)
+    first = planned.configs[0]
+    with _alone(sweep):
+        done: set[str] = set()
+        alive = cluster.alive(sweep)
+        states = look(sweep, alive, done)
+        missing = [run for run in sweep.runs if states[run.id] in ("missing", "failed", "lost")]
+        gpus = (planned.launcher.get("gpus_per_node") or 0) / ((first.cluster and first.cluster.at_once) or 1)
+        print(f"sweep {sweep.name}: {in_brief(states)}; {_estimate(sweep, missing, gpus)}", flush=True)
+        try:
+            if missing:
+                _submit(sweep, planned, missing, kind)
+            if first.detach:
+                print(f"the jobs go on; python -m src.sweep status|resume|cancel {sweep.called}")
+                return 0
+            states = watch(sweep, done)
+        except BaseException:
+            if not first.detach:
+                with _deaf():
+                    cluster.cancel(sweep)
+            raise
+    return tell(sweep, states)
+
+
+def tell(sweep: Sweep, states: dict[str, State]) -> int:
+    """Print the table of a sweep and what finishes it; return 1 if a run is failed or lost."""
+    alive = cluster.alive(sweep)
+    # a file or a pipe has no width of its own
+    Console(width=None if sys.stdout.isatty() else 120).print(report(sweep, states, alive, cluster.histories(sweep)), soft_wrap=True)
+    if all(state in ("done", "running", "waiting") for state in states.values()):
+        return 0
+    print(f"this finishes the rest: python -m src.sweep resume {sweep.called}")
+    return 1
+
+
+def watch(sweep: Sweep, done: set[str]) -> dict[str, State]:
+    """Show how a sweep goes until its last job has ended; return how its runs stand then."""
+    started = idle = time.monotonic()
+    shown = ""
+    console = Console(stderr=True)
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        while True:
+            alive = _alive(sweep)
+            states = look(sweep, alive or {}, done)
+            line = in_brief(states) if alive is not None else "SLURM doesn't answer; trying again"
+            if console.is_terminal:
+                live.update(Text(line), refresh=True)
+            elif line != shown:
+                print(line, file=sys.stderr, flush=True)
+            shown = line
+            now = time.monotonic()
+            if alive is None or alive:
+                idle = now
+            elif "lost" not in states.values() or now - idle >= AGREED:
+                return states
+            time.sleep(min(LAST_PAUSE, max(FIRST_PAUSE, (now - started) / 20)))
+
+
+def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.Kind) -> None:
+    """Share the missing runs out among jobs, and submit them."""
+    from src.sweep.job import Job  # submitit comes with it
+
+    first = planned.configs[0]
+    assert first.cluster is not None
+    count = min(first.cluster.jobs, math.ceil(len(missing) / (first.cluster.at_once or 1)))
+    recorded = code.submit(sweep.path / "code", first.snapshot)
+    ids = [run.id for run in missing]
+    jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
+    # a launcher that is killed before it can note the jobs has noted where to look for them
+    sweep.submitted(Submission(kind, {}, recorded))
+    sweep.submitted(Submission(kind, cluster.submit(sweep, jobs, planned.launcher), recorded))
+    print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}; Ctrl-C cancels", flush=True)
+
+
+def _alive(sweep: Sweep) -> dict[str, str] | None:
+    """The living jobs; None while SLURM doesn't answer."""
+    try:
+        return cluster.alive(sweep)
+    except UserError:
+        return None
+
+
+def _estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
+    """What the missing runs will take, by the finished runs of their kinds in the results; `gpus` of them each."""
+    kinds = Counter(sweep.folder(run).parent for run in missing)
+    seconds = {kind: _seconds(kind) for kind in kinds}
+    hours = sum((seconds[kind] or 0) * count for kind, count in kinds.items()) / 3600
+    unknown = sum(count for kind, count in kinds.items() if seconds[kind] is None)
+    told = [f"{len(missing)} to do"]
+    if hours:
+        told.append(f"about {hours:.2g} hours of work" + (f" and {hours * gpus:.2g} GPU-hours" if gpus else ""))
+    if unknown:
+        told.append(f"{unknown} of them of a kind of which none is finished to go by")
+    return ", ".join(told)
+
+
+def _seconds(kind: Path) -> float | None:
+    """The mean wall time of a few finished runs of a kind; None where there is none."""
+    times = []
+    for file in kind.glob("seed*/provenance.json"):
+        with suppress(OSError, ValueError, KeyError):
+            times.append(float(json.loads(file.read_bytes())["wall_time_s"]))
+        if len(times) == SAMPLED:
+            break
+    return sum(times) / len(times) if times else None
+
+
+@contextmanager
+def _alone(sweep: Sweep) -> Iterator[None]:
+    """Be the only launcher of a sweep; let a signal to terminate interrupt.
+
+    Raises: UserError when another is at it.
+    """
+    try:
+        with filelock.FileLock(sweep.path / ".lock", timeout=0), _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+            yield
+    except filelock.Timeout as error:
+        raise UserError(f"sweep {sweep.name}: another process is at it; see python -m src.sweep status {sweep.called}") from error
+
+
+@contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no second Ctrl-C: the jobs are being cancelled."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

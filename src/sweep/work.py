@@ -1,0 +1,58 @@
+"""One run of a sweep, in a process of its own: `python -m src.sweep.work SWEEP RUN FINGERPRINT`, started by the sweep's jobs."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from src.code import ROOT, fingerprint
+from src.config import Config, require
+from src.data.files import data_root, present
+from src.errors import UserError
+from src.results import RunFolder
+from src.run import carry_out, complain
+from src.sweep.folder import Sweep
+from src.sweep.plan import Run, fetch_command
+
+PAUSE = 1.0  # seconds between two looks at a run that another process is at
+
+
+def main(sweep: str, run: str, submitted: str) -> int:
+    """Check what was submitted, and run it; return the exit code of python -m src.run."""
+    try:
+        require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
+        found = Sweep(Path(sweep))
+        config = checked(found, found.by_id[run])
+        wait(RunFolder(config))
+    except UserError as error:
+        return complain(str(error), 2)
+    return carry_out(config)
+
+
+def checked(sweep: Sweep, run: Run) -> Config:
+    """The config of a run, its data at hand.
+
+    Raises: UserError when they are not: a job never fetches.
+    """
+    config = sweep.config(run)
+    require(present(config.data), f"{config.data.name} is not under {data_root(config.data)}; run {fetch_command(config)}")
+    return config
+
+
+def wait(folder: RunFolder) -> None:
+    """Wait while another process is at the run: a copy of this job on a node that SLURM has lost sight of may end it yet."""
+    while folder.owned:
+        time.sleep(PAUSE)
+
+
+def _die_with_the_job() -> None:
+    """Die when standard input closes, which only the death of the job does."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_die_with_the_job, daemon=True).start()
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""Sweeps on a real SLURM of three nodes, and what may befall them there.
+
+Needs root, apt, and in BACKLOCK_SLURM a folder whose up.sh and down.sh start and stop such a cluster; .ci/run gives it where it can.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.tree import User, expected, measured, plant
+
+SMALL = {"BACKLOCK_GPUS": "0", "BACKLOCK_CPUS": "1", "BACKLOCK_MEM_GB": "1", "BACKLOCK_MINUTES": "20"}
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """A cluster and a disk of 4 MiB that its nodes see; the environment of those who use them."""
+    scripts = os.environ.get("BACKLOCK_SLURM")
+    if not scripts or os.getuid() != 0:
+        pytest.skip("NOT TESTED: no SLURM; as root, set BACKLOCK_SLURM to a folder whose up.sh starts one")
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # munge wants its socket reachable for all
+        place, disk = f"{folder}/slurm", f"{folder}/disk"
+        environment = {**os.environ, **SMALL, "SLURM_TEST_DIR": place, "SLURM_CONF": f"{place}/slurm.conf", "DISK": disk}
+        environment.pop("PYTHONPATH", None)
+        # the nodes see only what is mounted when they start
+        Path(disk).mkdir()
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False)
+        if mount.returncode:
+            pytest.skip(f"NOT TESTED: no disk can be mounted here: {mount.stderr.strip()}")
+        up = subprocess.run([f"{scripts}/up.sh"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if not up.returncode:
+            yield environment
+            subprocess.run([f"{scripts}/down.sh"], env=environment, check=True, capture_output=True)
+        subprocess.run(["umount", disk], check=True)
+        if up.returncode:
+            pytest.skip(f"NOT TESTED: SLURM doesn't start here: {up.stdout.strip()[-300:]}")
+
+
+@pytest.fixture
+def user(slurm: dict[str, str], tmp_path: Path) -> Iterator[User]:
+    """Somebody with an own copy of the code."""
+    user = User(plant(tmp_path / "tree"), slurm)
+    yield user
+    user.order("go on", *range(10))
+    user.leave()
+    subprocess.run(["scancel", "--user=root"], env=slurm, check=True)
+
+
+def slurm_says(user: User, *command: str) -> str:
+    return subprocess.run(command, env=dict(user.environment), capture_output=True, text=True, check=True).stdout
+
+
+def job(user: User, seed: int) -> str:
+    return user.attempts(seed)[-1].job
+
+
+def node(user: User, seed: int) -> str:
+    """The number of the node that a run is on."""
+    return user.attempts(seed)[-1].told()["host"].removeprefix("node")
+
+
+def see(user: User, number: str, state: str) -> None:
+    """Wait until SLURM sees a node so."""
+    user.until(lambda: state in slurm_says(user, "sinfo", "-h", "-N", "-n", f"node{number}", "-o", "%T"), f"node{number} {state}")
+
+
+def slurmd_of(user: User, number: str) -> int:
+    """The process of a node's slurmd, the first in its namespace."""
+    namespace = (Path(user.environment["SLURM_TEST_DIR"]) / f"run/node{number}.pid").read_text().strip()
+    return int(subprocess.run(["pgrep", "-P", namespace], capture_output=True, text=True, check=True).stdout)
+
+
+def stopped(user: User, seed: int) -> bool:
+    return any(attempt.outcome == "stopped" for attempt in user.attempts(seed))
+
+
+def fill(place: Path) -> None:
+    with place.open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
+def test_a_sweep_that_everything_befalls(user: User) -> None:
+    """Every run's rows are there once, and equal those of a sweep that nothing befell; the table names each mishap."""
+    disk, control = Path(user.environment["DISK"]), Path(user.environment["SLURM_TEST_DIR"]) / "node"
+    results = user.tree / "results"
+    results.symlink_to(disk)
+    user.order("raise", 1)
+    user.order("kill", 2)
+    user.order("hold", 0, 3, 4, 5)
+    launcher = user.start("src.run", "-m", "experiment=tiny", "seed=range(6)", "cluster=slurm")
+    user.until(lambda: all(user.began(seed) for seed in range(6)), "all runs begin")
+    assert {node(user, seed) for seed in range(6)} == {"1", "2", "3"}
+
+    # the launcher is killed, a job cancelled; a node crashes, and another is taken for dead while its run goes on
+    launcher.kill()
+    crashing, cancelled, timed_out = sorted((3, 4, 5), key=lambda seed: node(user, seed) == node(user, 0))
+    user.order("go on", cancelled)
+    slurm_says(user, "scancel", job(user, cancelled))
+    unseen, crashed = node(user, 0), node(user, crashing)
+    os.kill(slurmd := slurmd_of(user, unseen), signal.SIGSTOP)
+    subprocess.run([control, "kill", crashed], check=True)
+    watching = user.start("src.sweep", "resume", user.sweep().name)
+    see(user, crashed, "down")
+    subprocess.run([control, "start", crashed], check=True)
+    user.until(lambda: len(user.attempts(0)) == 2 and user.began(crashing) == 2, "the runs of both nodes are begun elsewhere")
+    user.order("go on", 0)
+    user.until(lambda: user.attempts(0)[1].outcome == "done", "the copy finds the run finished by the first")
+    assert user.began(0) == 1
+    os.kill(slurmd, signal.SIGCONT)
+
+    # a time limit is reached, and a job preempted by a higher partition
+    slurm_says(user, "scancel", "--signal=USR2", job(user, timed_out))
+    slurm_says(user, "sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, crashing)}", "-o", "/dev/null", "--wrap", "true")
+    begun = {seed: user.began(seed) for seed in (timed_out, crashing)}
+    user.until(lambda: all(stopped(user, seed) and user.began(seed) > begun[seed] for seed in begun), "both begin again")
+
+    # the disk of the results is full
+    fill(disk / "filler")
+    user.order("go on", timed_out, crashing)
+    code, out = user.ended(watching)
+    assert code == 1, out
+    assert f"this finishes the rest: python -m src.sweep resume {user.sweep().name}" in out
+    for told in ("ZeroDivisionError: by order", "killed by SIGKILL", "CANCELLED", "NODE_FAIL", "reached the time limit or was preempted"):
+        assert told in out
+    assert "no space left on the disk" in out
+    assert set(measured(results)) == {0, cancelled}
+
+    (disk / "filler").unlink()
+    user.order("go on", 1, 2)
+    code, out = user.call("src.sweep", "resume", user.sweep().name)
+    assert code == 0, out
+    assert measured(results) == {seed: expected(seed) for seed in range(6)}
+    code, out = user.call("src.run", "-m", "experiment=tiny", "seed=range(6)", "cluster=slurm")
+    assert (code, "submitted" in out) == (0, False)
+    assert slurm_says(user, "squeue", "-h") == ""
