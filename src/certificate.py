@@ -94,7 +94,8 @@ class Certificate:
         """The product of all J_l itself beside the product of their norms, in logs, a row a sample.
 
         Returns: sample, log_norm (ln ‖∏J_l‖), log_smallest (ln σ_min(∏J_l), of as many singular values as there are outputs), log_bound
-            (Σ ln‖J_l‖), slack (the bound less the norm); nats. NaN where there are more than 128 outputs.
+            (Σ ln‖J_l‖), slack (the bound less the norm); nats. NaN where there are more than 128 outputs; log_smallest also where a
+            factor is singular to rounding without a rank that says so.
         """
         bound = self.log_attenuation.numpy()
         unknown = np.full_like(bound, np.nan)
@@ -283,7 +284,8 @@ def certify(
         if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
             product = Product.behind(probe)
         if product is not None:
-            product = product.before(structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs))
+            pull = structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs)
+            product = product.before(pull, torch.minimum(found.structural, found.rank.hi))
         norms, gradients, free = _gradients(link, structure, probe)
         units = Units.of(link.stage, link.inputs)
         layers.append({**_layer_columns(link, found, backpropagated, norms, units), "branch_norm": _branch_norm(link, start.flatten(1))})

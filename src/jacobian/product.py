@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -20,7 +20,9 @@ class Product:
     Attributes:
         basis: Q_l, orthonormal columns.
         forward: R_l ⋯ R_L, scaled.
-        inverse: (R_l ⋯ R_L)⁻¹, scaled; NaN once a factor is not square: the product is then narrower than its output.
+        inverse: (R_l ⋯ R_L)⁻¹, scaled.
+        singular: whether a factor has not the rank of the output: σ_min is 0.
+        doubtful: whether a factor is singular to rounding: σ_min is not known.
         log_scale: ln of what `forward` was divided by.
         log_inverse_scale: ln of what `inverse` was divided by.
     """
@@ -28,6 +30,8 @@ class Product:
     basis: Float[Tensor, "n d k"]
     forward: Float[Tensor, "n k c"]
     inverse: Float[Tensor, "n c k"]
+    singular: Bool[Tensor, " n"]
+    doubtful: Bool[Tensor, " n"]
     log_scale: Float[Tensor, " n"]
     log_inverse_scale: Float[Tensor, " n"]
 
@@ -41,21 +45,28 @@ class Product:
         n, k = len(outputs), outputs[0].numel()
         identity = torch.eye(k, dtype=outputs.dtype, device=outputs.device).expand(n, k, k)
         nothing = outputs.new_zeros(n)
-        return cls(identity, identity, identity, nothing, nothing)
+        return cls(identity, identity, identity, nothing.bool(), nothing.bool(), nothing, nothing)
 
-    def before(self, pull: Callable[[Float[Tensor, "n m k"]], Float[Tensor, "n d k"]]) -> "Product":
+    def before(self, pull: Callable[[Float[Tensor, "n m k"]], Float[Tensor, "n d k"]], rank: Int[Tensor, " n"]) -> "Product":
         """With one more factor.
 
         Args:
             pull: Q ↦ J_lᵀ Q.
+            rank: J_l has no more.
         """
         Q, R = torch.linalg.qr(pull(self.basis))
+        outputs = self.inverse.shape[1]
+        singular = self.singular | (rank < outputs) | (R.shape[1] < outputs)
+        pivots = R.diagonal(dim1=1, dim2=2).abs()
+        rounding = 4 * max(Q.shape[1], outputs) * torch.finfo(R.dtype).eps * R.abs().amax((1, 2))
+        doubtful = self.doubtful | (pivots.amin(1) <= rounding)
+        lost = (singular | doubtful)[:, None, None]
         forward, grown = _scaled(R @ self.forward)
-        if R.shape[-2] == R.shape[-1]:
-            inverse, shrunk = _scaled(torch.linalg.solve_triangular(R, self.inverse, upper=True, left=False))
-        else:
-            inverse, shrunk = self.inverse[..., : R.shape[-2]] * torch.nan, torch.zeros_like(grown)
-        return Product(Q, forward, inverse, self.log_scale + grown, self.log_inverse_scale + shrunk)
+        inverse, shrunk = self.inverse[..., : R.shape[1]], torch.zeros_like(grown)
+        if R.shape[1] == R.shape[2]:
+            apart = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
+            inverse, shrunk = _scaled(torch.linalg.solve_triangular(torch.where(lost, apart, R), inverse, upper=True, left=False))
+        return Product(Q, forward, inverse, singular, doubtful, self.log_scale + grown, self.log_inverse_scale + shrunk)
 
     @property
     def log_norm(self) -> Float[Tensor, " n"]:
@@ -64,10 +75,12 @@ class Product:
 
     @property
     def log_smallest(self) -> Float[Tensor, " n"]:
-        """Ln σ_min(J_L ⋯ J_l), of as many singular values as there are outputs; nats; −inf where a factor is singular or narrower."""
-        finite = self.inverse.isfinite().flatten(1).all(1)
-        norm = torch.linalg.matrix_norm(torch.where(finite[:, None, None], self.inverse, 0), 2)
-        return torch.where(finite, -(norm.log() + self.log_inverse_scale), -torch.inf)
+        """Ln σ_min(J_L ⋯ J_l), of as many singular values as there are outputs; nats; −inf where a factor is singular or narrower.
+
+        NaN where a factor is singular to rounding alone.
+        """
+        value = -(torch.linalg.matrix_norm(self.inverse, 2).log() + self.log_inverse_scale)
+        return torch.where(self.singular, -torch.inf, torch.where(self.doubtful, torch.nan, value))
 
 
 def _scaled(matrices: Float[Tensor, "n a b"]) -> tuple[Float[Tensor, "n a b"], Float[Tensor, " n"]]:

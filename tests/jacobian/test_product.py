@@ -18,7 +18,7 @@ def of(jacobians):
     """The product of J_1 … J_L, given first to last."""
     product = Product.behind(jacobians[-1][..., 0])
     for J in jacobians[::-1]:
-        product = product.before(lambda Q, J=J: J.mT @ Q)
+        product = product.before(lambda Q, J=J: J.mT @ Q, torch.linalg.matrix_rank(J))
     return product
 
 
@@ -66,6 +66,17 @@ def test_a_singular_factor_and_a_narrow_one_leave_nothing():
     expected = torch.linalg.matrix_norm(normal(2, 4, 2).double() @ normal(2, 2, 4).double(), 2).log()
     torch.testing.assert_close(narrow.log_norm, expected)
     assert of([J, torch.zeros(2, 4, 4).double()]).log_norm.tolist() == [-math.inf] * 2
+
+
+def test_a_product_that_is_singular_to_rounding_alone_is_not_known():
+    """Two projections of rank 3 whose product has rank 2: each factor has the rank of the 3 outputs."""
+    first, second = torch.diag(torch.tensor([1.0, 1, 1, 0])).double(), torch.diag(torch.tensor([0.0, 1, 1, 1])).double()
+    turn = torch.linalg.qr(normal(4, 4).double()).Q
+    out = normal(1, 3, 4, seed=2).double() @ turn.T
+    J = [(turn @ first @ turn.T).unsqueeze(0), (turn @ second @ turn.T).unsqueeze(0), out]
+    product = of(J)
+    assert product.log_smallest.isnan().all()
+    assert product.log_norm.isfinite().all()
 
 
 def test_scaling_a_factor_moves_both_logarithms_by_its_logarithm():
