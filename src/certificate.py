@@ -1,7 +1,8 @@
 """The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import StringIO
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,7 @@ from src.seeds import generator
 from src.selftest import check_stage, check_state, state_of
 from src.spectra import Spectra
 from src.spectrum import Extremes, Known, weakest
+from src.twin import require_only_watching
 from src.units import Units
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
@@ -221,10 +223,11 @@ class Certificate:
         return out.getvalue()
 
 
+@torch.inference_mode(False)
 @sdpa_kernel(SDPBackend.MATH)  # torch.func has no rules for the others
 def certify(
     model: nn.Module,
-    inputs: Float[Tensor, "n ..."],
+    inputs: Num[Tensor, "n ..."],
     targets: Tensor,
     loss: Loss = torch.nn.functional.cross_entropy,
     stages: Sequence[str] | None = None,
@@ -262,6 +265,10 @@ def certify(
     if method not in get_args(Method):
         raise UserError(f"certify: method={method!r}; use 'auto', 'exact' or 'matrix_free'")
     require_pairs(inputs, targets)
+    if not inputs.is_floating_point():
+        raise UserError(f"certify: inputs of {inputs.dtype} have no derivative; certify the model behind its embedding")
+    inputs = inputs.clone()
+    require_only_watching(model, inputs.detach().to(_own_dtype(model, inputs)))
     chain = cut(model, stages, dtype, batch_norm, inputs=inputs)
     layers, severities, known = [], [], []
     trained = _as_trained(model, inputs, stages, batch_norm)
@@ -275,23 +282,25 @@ def certify(
     watch = watch or (lambda planned, done: None)
     watch(planned, 0)
     for link in walk_back(chain, inputs, targets, loss):
-        probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
-        start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
-        check_stage(link, probe, start)
-        measured = spectra.of(link, start.flatten(1), trained[link.index - 1])
-        found, structure = measured.extremes, measured.structure
-        backpropagated = Backpropagated.of(found, measured.jacobians, trained[link.index - 1], structure)
-        if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
-            product = Product.behind(probe)
-        if product is not None:
-            pull = structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs)
-            product = product.before(pull, torch.minimum(found.structural, found.rank.hi))
-        norms, gradients, free = _gradients(link, structure, probe)
-        units = Units.of(link.stage, link.inputs)
-        layers.append({**_layer_columns(link, found, backpropagated, norms, units), "branch_norm": _branch_norm(link, start.flatten(1))})
-        severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
-        severities[-1] |= {"dead": units.dead, "kink": units.kink}
-        known.append(found)
+        with _naming(link.name):
+            probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
+            start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
+            check_stage(link, probe, start)
+            measured = spectra.of(link, start.flatten(1), trained[link.index - 1])
+            found, structure = measured.extremes, measured.structure
+            backpropagated = Backpropagated.of(found, measured.jacobians, trained[link.index - 1], structure)
+            if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
+                product = Product.behind(probe)
+            if product is not None:
+                pull = structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs)
+                product = product.before(pull, torch.minimum(found.structural, found.rank.hi))
+            norms, gradients, free = _gradients(link, structure, probe)
+            units = Units.of(link.stage, link.inputs)
+            columns = _layer_columns(link, found, backpropagated, norms, units)
+            layers.append(columns | {"branch_norm": _branch_norm(link, start.flatten(1))})
+            severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
+            severities[-1] |= {"dead": units.dead, "kink": units.kink}
+            known.append(found)
         watch(planned, len(known))
 
     check_state(chain, buffers)
@@ -314,9 +323,26 @@ def certify(
     )
 
 
+@contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """Say of which stage it is that something can't be measured."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"certificate: stage '{stage}' can't be measured ({type(error).__name__}: {first})") from error
+
+
+def _own_dtype(model: nn.Module, inputs: Tensor) -> torch.dtype:
+    """The precision that a model is trained in."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
+
+
 def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequence[str] | None, batch_norm: BatchNormMode) -> list[Call]:
     """The stages as training differentiates them, in the model's own dtype, each with its inputs."""
-    own = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
+    own = _own_dtype(model, inputs)
     chain = cut(model, stages, own, batch_norm, backpropagated=True, inputs=inputs)
     own_inputs = inputs.detach().to(own).contiguous()
     return [*zip(chain.stages, chain.states(own_inputs.unsqueeze(0) if chain.on_batch else own_inputs), strict=False)]

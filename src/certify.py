@@ -3,7 +3,7 @@
     python -m src.certify torchvision:resnet18 --data cifar10 --weights file.pt --json out.json --figure out.png
     python -m src.certify my_package.my_module:make_model --data mnist --fail-if locked
 
-Exit code 0: certified; 1: a stage is locked, with --fail-if locked; 2: the user can mend it.
+Exit code 0: certified; 1: a stage is locked, with --fail-if locked; 2: the user can mend it; 3: a fault of this program.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception:  # a fault of ours, which must not look like a locked stage
+        traceback.print_exc()
+        return 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +89,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--diagnose", action="store_true", help="say why stages are locked, and try what would help")
     add("--json", type=_output, metavar="FILE", help="write the certificate, its tables and where they come from")
     add("--figure", type=_figure, metavar="FILE", help="draw it, as .png or .pdf")
-    add("--fail-if", choices=("locked",), help="exit code 1 when any stage is locked")
+    add(
+        "--fail-if",
+        choices=("locked",),
+        help="exit code 1 when a stage fails the lock condition, or its ‖g‖ is a decade below the last one's",
+    )
     options = parser.parse_args(arguments)
     options.command = shlex.join(["python", "-m", "src.certify", *arguments])
     available = CATALOGUE[options.data].test_size
@@ -359,7 +367,9 @@ def _write(file: Path, content: bytes | str) -> None:
 
 def _fail(certificate: "src.certificate.Certificate") -> int:
     """Name the locked stages in one line; return the exit code."""
-    locked = [row.stage for row in certificate.severity.itertuples() if row.locked]
+    from src.diagnosis import locked as are_locked
+
+    locked = [stage for stage, is_locked in zip(certificate.severity["stage"], are_locked(certificate), strict=True) if is_locked]
     if locked:
         print(f"locked: {', '.join(locked)} ({len(locked)} of {len(certificate.severity)} stages)", file=sys.stderr)
     return 1 if locked else 0

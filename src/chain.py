@@ -1,6 +1,5 @@
 """A network as a chain of named stages, H_l = f_l(H_{l−1}), l = 1…L."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ from src.by_hand import named_stages
 from src.errors import UserError
 from src.jacobian.steady import differentiable_twice, steady
 from src.trace import UntraceableError, is_traceable, traceable, traced_stages
+from src.twin import twin
 
 BatchNormMode = Literal["eval", "train"]
 Value = Tensor | Proxy  # torch.fx traces the stages with proxies
@@ -96,7 +96,7 @@ def cut(
     Returns: a chain in `dtype` with dropout off and nothing in place.
     Raises: UserError when the model can't be cut, a name is unknown, or BatchNorm has no statistics to freeze.
     """
-    chain = split(copy.deepcopy(model), stages, dtype, batch_norm, inputs)
+    chain = split(twin(model), stages, dtype, batch_norm, inputs)
     for stage in () if backpropagated else chain.stages:
         steady(stage)
     return chain
@@ -106,25 +106,34 @@ def split(
     model: nn.Module, stages: Sequence[str] | None, dtype: torch.dtype, batch_norm: BatchNormMode, inputs: Tensor | None = None
 ) -> Chain:
     """Cut a model itself into a chain, as `cut` does a copy: the stages share its modules, and differentiate as training does."""
-    twin = model.to(dtype).eval().requires_grad_(False)
-    for name, module in twin.named_modules():
+    model = _in(dtype, model).eval().requires_grad_(False)
+    for name, module in model.named_modules():
         if getattr(module, "inplace", False):
             module.inplace = False
         if isinstance(module, _BatchNorm):
             _prepare_batch_norm(name, module, batch_norm)
     batch = None if inputs is None else inputs.detach().to(dtype)
     try:
-        chain = _group(_stages(twin, batch), stages)
+        chain = _group(_stages(model, batch), stages)
     except UntraceableError:
         if not stages or batch is None:
             raise
-        chain = _group(named_stages(twin, stages, batch), None)
+        chain = _group(named_stages(model, stages, batch), None)
     for stage in chain.stages:
         differentiable_twice(stage)
         stage.register_forward_pre_hook(_copy)
     if batch_norm == "train":
         chain = Chain(chain.names, tuple(OnBatch(stage) for stage in chain.stages), on_batch=True)
     return chain
+
+
+def _in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """A model in a precision; what is complex stays so."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype.to_complex() if value.is_complex() else dtype if value.is_floating_point() else value.dtype)
+
+    return model._apply(cast)
 
 
 def _copy(_: nn.Module, arguments: tuple[Value, ...]) -> tuple[Value, ...]:

@@ -121,8 +121,8 @@ def what_ifs(certificate: Certificate) -> pd.DataFrame:
     for remedy, change in REMEDIES.items():
         try:
             changed = change(certificate)
-        except UserError as error:
-            rows.append({"remedy": remedy, "note": f"not tried: {error}"})
+        except (UserError, RuntimeError) as error:  # RuntimeError: of the model's own code, which the remedy does not suit
+            rows.append({"remedy": remedy, "note": f"not tried: {(str(error).splitlines() or ['it fails'])[0]}"})
             continue
         rows.append(_measured(remedy, changed))
     frame = pd.DataFrame(rows, columns=[*before]).sort_values(["locked", "decades"], ascending=[True, False])
@@ -204,12 +204,13 @@ def _widened(certificate: Certificate) -> Certificate:
     stages, draws = _stages(certificate), generator(0, "what if")
     layers = [module for stage in stages for module in stage.modules() if isinstance(module, nn.Linear)]
     weights = sum(parameter.ndim > 1 for stage in stages for parameter in stage.parameters())
-    if weights > len(layers) or len(layers) < 2:
+    others = {id(p) for stage in stages for p in stage.parameters()} - {id(p) for layer in layers for p in layer.parameters()}
+    if others or weights > len(layers) or len(layers) < 2:
         raise UserError("width is doubled in chains of dense layers only")
     for place, linear in enumerate(layers):
         rows, columns = linear.out_features * (1 + (place < len(layers) - 1)), linear.in_features * (1 + (place > 0))
         scale = float(linear.weight.square().mean().sqrt()) * math.sqrt(linear.in_features / columns)
-        weight = scale * torch.randn(rows, columns, generator=draws, dtype=torch.float64)
+        weight = scale * torch.randn(rows, columns, generator=draws, dtype=torch.float64).to(linear.weight)
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias.repeat(rows // linear.out_features), requires_grad=False)
         linear.weight, linear.out_features, linear.in_features = nn.Parameter(weight, requires_grad=False), rows, columns
@@ -223,9 +224,9 @@ def _with_head(certificate: Certificate) -> Certificate:
         raise UserError("there is no stage between the first and the last")
     middle, states = (len(stages) + 1) // 2, _states(certificate, stages)
     hidden, outputs = states[middle], states[-1]
-    head = nn.Linear(hidden[0].numel(), outputs[0].numel(), dtype=torch.float64)
+    head = nn.Linear(hidden[0].numel(), outputs[0].numel(), dtype=torch.float64, device=hidden.device)
     draws = generator(0, "auxiliary head")
-    weight = torch.randn(head.weight.shape, generator=draws, dtype=torch.float64) / math.sqrt(head.in_features)
+    weight = torch.randn(head.weight.shape, generator=draws, dtype=torch.float64).to(hidden.device) / math.sqrt(head.in_features)
     head.weight, head.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(torch.zeros_like(head.bias), requires_grad=False)
     return certificate.again(nn.Sequential(*stages[:middle], nn.Sequential(nn.Flatten(), head)))
 

@@ -1,6 +1,5 @@
 """A probe batch watched while a model trains: which stages the gradient still reaches, every k steps, at a few percent of a step."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from src.locking import ErrorSignal, Loss, loss_signal, severities, walk_back
 from src.seeds import generator
 from src.selftest import check_stage
 from src.tracking import ActiveRun
+from src.twin import twin
 from src.units import ACTIVATIONS, SATURATED, largest_slope
 
 Log = Callable[[dict[str, float], int], object]
@@ -145,7 +145,7 @@ class _Probe:
     """
 
     def __init__(self, model: nn.Module, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss, device: torch.device):
-        self.twin = _twin(model)
+        self.twin = twin(model)
         self.inputs, self.targets, self.loss = inputs.detach().to(device, torch.float32), targets.to(device), loss
         self.chain = split(self.twin, None, torch.float32, "eval", self.inputs)
         self.weights = _tensors(self.twin)
@@ -270,15 +270,3 @@ def _apart(device: torch.device) -> Iterator[None]:
 def _tensors(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers, in an order that a copy shares."""
     return [*module.parameters(), *module.buffers()]
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy without the hooks that watch the model, and with those that are part of it: torch's own (pruning, weight norm)."""
-    # a weight that such a hook computes is no leaf of the graph, and torch copies leaves only
-    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and value.grad_fn]
-    twin = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    for module in twin.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
-            for key in [key for key, hook in hooks.items() if not str(hook.__module__).startswith("torch.nn.utils")]:
-                del hooks[key]
-    return twin

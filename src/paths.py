@@ -43,8 +43,14 @@ def in_line(stage: nn.Module) -> dict[str, nn.Module] | None:
         if any(modules is None for modules in parts.values()):
             return None
         return {f"{name}.{inner}".rstrip("."): module for name, modules in parts.items() for inner, module in (modules or {}).items()}
-    own = type(stage).__module__.startswith("torch.nn.modules") and not stage._modules
+    own = type(stage).__module__.startswith("torch.nn.modules") and not stage._modules and keeps_its_forward(stage)
     return {"": stage} if own else None
+
+
+def keeps_its_forward(module: nn.Module) -> bool:
+    """Whether a module computes what its type says: no forward of its own, but one of `src.jacobian.steady`."""
+    own = vars(module).get("forward")
+    return own is None or hasattr(own, "formula")
 
 
 def path_lengths(module: nn.Module) -> tuple[int, int]:

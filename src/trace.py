@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,23 +93,47 @@ def traceable(stage: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def composes(stages: Iterable[nn.Module], model: nn.Module, inputs: Tensor) -> bool:
-    """Whether the stages, one behind the other, keep the samples first and compute what the model does, up to rounding.
+    """Whether the stages, one behind the other, keep the samples first and compute and differentiate what the model does, up to rounding.
 
-    Both draw the same random numbers.
+    Both draw the same random numbers. An exported graph has lost a backward pass that is not that of its forward.
+
+    Raises: UserError where the model itself fails, or gives no tensor.
     """
-    with torch.no_grad():
-        with fork_rng([inputs.device] if inputs.is_cuda else []):
-            expected = model(inputs.clone())
-        with fork_rng([inputs.device] if inputs.is_cuda else []):
-            found = inputs.clone()
-            for stage in stages:
-                found = stage(found)
-                if not isinstance(found, Tensor) or found.shape[:1] != inputs.shape[:1]:
-                    return False
+    stages = list(stages)
+    with fork_rng([inputs.device] if inputs.is_cuda else []):
+        try:
+            expected, gradient = _with_gradient(model, inputs)
+        except Exception as error:  # of the user's own code
+            raise UserError(f"{type(model).__name__}: it fails on these inputs in {inputs.dtype} ({_first_line(error)})") from error
+        if not isinstance(expected, Tensor):
+            raise UserError(f"{type(model).__name__}: it gives a {type(expected).__name__}; certify a model that gives one tensor")
+    with fork_rng([inputs.device] if inputs.is_cuda else []), torch.no_grad():
+        state = inputs.clone()
+        for stage in stages:
+            state = stage(state)
+            if not isinstance(state, Tensor) or state.shape[:1] != inputs.shape[:1]:
+                return False
+    with fork_rng([inputs.device] if inputs.is_cuda else []):
+        found, own = _with_gradient(nn.Sequential(*stages), inputs)
+    return _agree(found, expected) and (gradient is None or (own is not None and _agree(own, gradient)))
+
+
+def _with_gradient(model: nn.Module, inputs: Tensor) -> tuple[Any, Tensor | None]:
+    """The outputs of a model, and the gradient of their sum by the inputs; None where it has none."""
+    with torch.enable_grad():
+        x = inputs.detach().clone().requires_grad_(inputs.is_floating_point())
+        outputs = model(x.clone())
+        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+            return outputs, None
+        return outputs.detach(), torch.autograd.grad(outputs.real.sum(), x, allow_unused=True)[0]
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same up to rounding; whatever is NaN is refused later, by stage and sample."""
     if found.shape != expected.shape:
         return False
     error = (found - expected).abs().max() / expected.abs().max()
-    return not error > ROUNDING * torch.finfo(expected.dtype).eps  # whatever is NaN is refused later, by stage and sample
+    return not error > ROUNDING * torch.finfo(expected.dtype).eps
 
 
 def branch(stage: nn.Module) -> nn.Module | None:

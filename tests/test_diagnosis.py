@@ -12,7 +12,7 @@ from src import diagnosis
 from src.certificate import certify
 from src.diagnosis import attenuation, locked
 from tests.jacobian import naive
-from tests.jacobian.networks import normal
+from tests.jacobian.networks import normal, seeded
 
 LABELS = torch.arange(6) % 4
 
@@ -147,3 +147,18 @@ def test_with_the_statistics_of_the_batch_no_remedy_is_tried():
     model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     what_ifs = certify(model, normal(6, 16), LABELS, batch_norm="train").diagnosis().what_ifs
     assert set(what_ifs["note"][1:]) == {"not tried: under batch_norm='train' the batch is one sample"}
+
+
+@pytest.mark.parametrize(
+    "between", [lambda: nn.LayerNorm(16), lambda: nn.PReLU(16), lambda: nn.BatchNorm1d(16), lambda: nn.Unflatten(1, (4, 4))]
+)
+def test_a_remedy_that_does_not_suit_the_model_is_told(between):
+    """Whatever has the width written into it can't be widened."""
+    shaped = between()
+    back = [nn.Flatten()] if isinstance(shaped, nn.Unflatten) else []
+    block = nn.Sequential(nn.Linear(16, 16), shaped, *back, nn.ReLU())
+    model = seeded(nn.Sequential(nn.Linear(8, 16), block, nn.Linear(16, 3)))
+    what_ifs = certify(model, normal(3, 8), torch.tensor([0, 1, 2])).diagnosis().what_ifs
+    note = what_ifs.set_index("remedy")["note"]["twice the width"]
+    assert note.startswith("not tried: ")
+    assert what_ifs["locked"].notna().sum() >= 3

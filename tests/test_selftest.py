@@ -26,6 +26,13 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
+class Summing(nn.Module):
+    """A sum over the samples so far: the first knows of no other."""
+
+    def forward(self, x):
+        return x.cumsum(0)
+
+
 class Drifting(Counting):
     """Answers by how often it was asked."""
 
@@ -71,6 +78,7 @@ def chain(part):
         (Careless(), "stage '1' answers differently when it is asked twice"),
         (Drifting(), "stage '1' answers differently when it is asked twice"),
         (Centred(), "in stage '1' a sample's output depends on the other samples"),
+        (Summing(), "in stage '1' a sample's output depends on the other samples"),
         (Counting(), "stage '1' writes into its buffers in eval mode"),
         (Pretending(), "the backward pass of stage '1' is not the transpose of its derivative"),
     ],

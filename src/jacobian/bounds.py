@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from src.jacobian.materialised import transpose
+from src.paths import keeps_its_forward
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ def bounds(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Bounds:
     root = nn.Sequential(stage)  # so that a leaf stays one node
     graph = Tracer().trace(root)
     walk = _Bounding(GraphModule(root, graph), inputs)
-    with torch.no_grad():
-        walk.run(inputs)
+    try:
+        with torch.no_grad():
+            walk.run(inputs)
+    except Exception:  # running the stage's own graph: anything may be raised
+        return Bounds(torch.full_like(walk.start.norm, torch.inf), walk.start.rank)
     output = next(node for node in graph.nodes if node.op == "output")
     return walk.of[output.name]
 
@@ -90,7 +95,9 @@ class _Bounding(Interpreter):
         self.of: dict[str, Bounds] = {}  # by the node's name: the graph is copied
 
     def run_node(self, n: Node) -> Any:
-        sources = [source for source in n.all_input_nodes if source.name in self.of]
+        read: list[Node] = []
+        map_arg((n.args, n.kwargs), read.append)  # what stands twice is read twice
+        sources = [source for source in read if source.name in self.of]
         # taken before it runs, for it may write over what it reads
         states = [self.env[source].clone() for source in sources]
         result = super().run_node(n)
@@ -106,7 +113,10 @@ class _Bounding(Interpreter):
     def _rule(self, n: Node, known: list[Bounds], states: list[Tensor], result: Tensor) -> Bounds:
         """The bounds of a node from those of what it reads."""
         if n.op == "call_module":
-            return _behind(self.submodules[str(n.target)], known[0], states[0])
+            module = self.submodules[str(n.target)]
+            if isinstance(module, ACTIVATIONS) and keeps_its_forward(module):
+                return self._pointwise(module.forward, known[0], states[0])
+            return _behind(module, known[0], states[0])
         name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", "")
         if name in ADDING and not n.kwargs:  # alpha would scale a term
             return reduce(operator.add, known)
@@ -115,12 +125,18 @@ class _Bounding(Interpreter):
         if len(known) > 1:
             return known[0] * math.inf
         if name in POINTWISE:
-            return _pointwise(lambda z: self._at(n, z), known[0], states[0])
+            return self._pointwise(lambda z: self._at(n, z), known[0], states[0])
         if name in REARRANGING or (name == "getitem" and _picks_once(n.args[1])):
             return known[0]
         if name == "mean":
             return known[0] * math.sqrt(result[0].numel() / states[0][0].numel())
         return known[0] * math.inf
+
+    def _pointwise(self, phi: Callable[[Tensor], Any], known: Bounds, z: Tensor) -> Bounds:
+        """Behind φ: the largest |φ'(z)|, and no more rank than units with φ'(z) ≠ 0."""
+        _, pull_back = transpose(lambda z: phi(z.clone()), z)  # φ may write over what it reads
+        slopes = pull_back(torch.ones_like(z)).abs().reshape(self.count, -1)
+        return (known * slopes.amax(1)).at_most((slopes > 0).sum(1))
 
     def _at(self, n: Node, z: Tensor) -> Any:
         """The function of a node at another value of what it reads."""
@@ -136,10 +152,10 @@ def _picks_once(index: Any) -> bool:
 
 def _behind(module: nn.Module, known: Bounds, state: Float[Tensor, "n ..."]) -> Bounds:
     """The bounds behind a layer."""
+    if not keeps_its_forward(module):
+        return known * math.inf
     if isinstance(module, KEEPING):
         return known
-    if isinstance(module, ACTIVATIONS):
-        return _pointwise(module.forward, known, state)
     if isinstance(module, nn.Linear):
         return known * matrix_norm(module.weight)
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
@@ -164,13 +180,6 @@ def matrix_norm(W: Float[Tensor, "m d"]) -> float:
     return float(torch.minimum(torch.linalg.matrix_norm(W), (size.sum(0).max() * size.sum(1).max()).sqrt()))
 
 
-def _pointwise(phi: Callable[[Tensor], Any], known: Bounds, z: Float[Tensor, "n ..."]) -> Bounds:
-    """Behind φ: the largest |φ'(z)|, and no more rank than units with φ'(z) ≠ 0."""
-    _, pull_back = transpose(lambda z: phi(z.clone()), z)  # φ may write over what it reads
-    slopes = pull_back(torch.ones_like(z)).abs().reshape(len(z), -1)
-    return (known * slopes.amax(1)).at_most((slopes > 0).sum(1))
-
-
 def circular_norm(conv: nn.Conv2d, size: Sequence[int]) -> float:
     """The norm of a convolution with circular padding on a grid that holds the zero-padded image: above that of the convolution itself.
 
@@ -181,7 +190,8 @@ def circular_norm(conv: nn.Conv2d, size: Sequence[int]) -> float:
         size: height and width of its input.
     """
     reach = [d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.kernel_size, strict=True)]
-    grid = [s + 2 * p + r for s, p, r in zip(size, _pair(conv.padding), reach, strict=True)]
+    padding = reach if conv.padding == "same" else [0, 0] if conv.padding == "valid" else [2 * p for p in _pair(conv.padding)]
+    grid = [s + p + r for s, p, r in zip(size, padding, reach, strict=True)]
     kernel = torch.zeros(*conv.weight.shape[:2], *grid, device=conv.weight.device)
     kernel[..., : reach[0] + 1 : _pair(conv.dilation)[0], : reach[1] + 1 : _pair(conv.dilation)[1]] = conv.weight
     spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).unflatten(2, (conv.groups, -1))

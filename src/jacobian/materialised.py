@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from src.jacobian.golub_kahan import largest
+from src.paths import keeps_its_forward
 from src.seeds import generator
 
 # covectors pulled back at once are held to about this much memory
@@ -90,7 +91,7 @@ def dense_input(stage: nn.Module, inputs: Float[Tensor, "n ..."]) -> Float[Tenso
     calls: list[Tensor] = []
     # neither a subclass nor a reparametrised layer, whose output need not be Wh + b in its own parameters
     linears = [module for module in stage.modules() if type(module) is nn.Linear and module._parameters.keys() == {"weight", "bias"}]
-    linears = [linear for linear in linears if linear.bias is not None]
+    linears = [linear for linear in linears if linear.bias is not None and keeps_its_forward(linear)]
     hooks = [linear.register_forward_hook(lambda module, arguments, output: calls.append(arguments[0])) for linear in linears]
     stage(inputs)
     for hook in hooks:
@@ -166,9 +167,14 @@ def parameter_gradients(
     def gradient(sample: Tensor, covector: Tensor) -> Tensor:
         _, pull_back = transpose(lambda parameters: functional_call(stage, parameters, (sample.unsqueeze(0),)), parameters)
         gradients = pull_back(covector.unsqueeze(0))
-        return torch.cat([gradients[name].flatten() for name in parameters])
+        parts = [gradients[name].flatten() for name in parameters]
+        return torch.cat([torch.view_as_real(part).flatten() if part.is_complex() else part for part in parts])
 
-    return vmap(gradient)(inputs, covectors)
+    try:
+        gradients: Tensor = vmap(gradient)(inputs, covectors)
+    except RuntimeError:  # of an operation that vmap has no rule for, such as a recurrent layer
+        gradients = torch.stack([gradient(sample, covector) for sample, covector in zip(inputs, covectors, strict=True)])
+    return gradients
 
 
 def _chunk(numel: int, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from src.jacobian.golub_kahan import FIRST_LOOK, REFINED, RISK, SLACK, Largest, 
 from src.jacobian.materialised import transpose
 from src.spectrum import Extremes, Known
 
+ROUNDING = 32  # machine precisions
 # of a direction of all samples; some hundred of them are kept
 BASIS_BYTES = 2**21
 
@@ -102,21 +103,21 @@ def extremes(
     full = min(rows, columns)
     deficient = above.rank < full
     nothing, unknown = torch.zeros_like(found.value), torch.full_like(found.value, torch.nan)
+    rounding = ROUNDING * torch.finfo(inputs.dtype).eps * found.value  # of the products
     return Extremes(
-        # of two rounding errors the bound may have the other sign
         norm=Known(
             found.value,
-            found.value,
-            torch.maximum(above.norm if certain else found.upper(RISK), found.value),
+            found.value - rounding,
+            torch.maximum(above.norm if certain else found.upper(RISK), found.value) + rounding,
             "enclosed" if certain else "estimated",
         ),
         smallest=Known(
             torch.where(deficient, 0, unknown),
             nothing,
-            torch.where(deficient, 0, found.smallest),
+            torch.where(deficient, 0, found.smallest + rounding),
             "enclosed" if deficient.all() else "estimated",
         ),
-        active=Known(unknown, nothing, found.value, "enclosed"),
+        active=Known(unknown, nothing, found.value + rounding, "enclosed"),
         rank=Known(above.rank, (found.value > 0).long(), above.rank, "enclosed"),
         full=full,
         longest=max(rows, columns),

@@ -23,6 +23,7 @@ def _one_node(phi: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def called(z: Any) -> Any:
         return z.tracer.create_proxy("call_function", called, (z,), {}) if isinstance(z, Proxy) else phi(z)
 
+    called.formula = True  # type: ignore[attr-defined]
     return called
 
 

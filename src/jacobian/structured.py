@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from src.jacobian.bounds import ACTIVATIONS, POINTWISE
 from src.jacobian.golub_kahan import REFINED, RISK, SLACK, Largest, Product, largest, refined, steps_for
 from src.jacobian.materialised import transpose
-from src.paths import in_line
+from src.paths import in_line, keeps_its_forward
 from src.spectrum import Extremes, Known
 
 OF_SHAPES = {"getattr", "getitem", "size"}
@@ -125,6 +125,8 @@ def only_linear(stage: nn.Module) -> str | None:
     """The dense layer of a stage that has one call, in front of it only what rearranges, behind it only what acts on each unit alone."""
     found = None
     for name, step in _steps(stage):
+        if isinstance(step, nn.Module) and not keeps_its_forward(step):
+            return None
         if found is None and type(step) is nn.Linear and step._parameters.keys() == {"weight", "bias"}:
             found = name
         elif not (_rearranges(step) if found is None else _is_pointwise(step)):

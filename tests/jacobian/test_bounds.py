@@ -43,6 +43,9 @@ STAGES = {
     "residual": Residual(nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1)), nn.Identity(), nn.ReLU()),
     "functions": Function(lambda x, c: functional.relu(c(x)).flatten(1).reshape(x.shape[0], 3, -1).mean((2,)), CONV),
     "difference": Function(lambda x, c: torch.cat([c(x) - 1, x.tanh()], 1).sin(), CONV),
+    "twice": Function(lambda x, c: (lambda h: torch.cat([h + h, h, h], 1))(c(x).tanh()), CONV),
+    "same": nn.Conv2d(2, 3, 3, padding="same", dilation=2),
+    "valid": nn.Conv2d(2, 3, 3, padding="valid"),
     "in place": Function(lambda x, c: c(x).add_(1.0).relu_(), CONV),
 }
 
