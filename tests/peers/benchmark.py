@@ -2,7 +2,8 @@
 
     python -m tests.peers.benchmark [--csv FILE] [--only NAME]
 
-Prints a table, with one thread and with all. Both sides compute in double precision; `error` is the largest relative difference of σ₁.
+Prints a table, with one thread and with all. Both sides answer in double precision; `error` is the largest relative difference of σ₁.
+The convolution is a model in single precision, as models are: certify takes its first steps in that, and its answer from double precision.
 The last case has no peer: it compares the time and memory of two depths, which are in the ratio of 4 where they grow linearly.
 """
 
