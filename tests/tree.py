@@ -172,4 +172,6 @@ class User:
         for process in self.started:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()  # a job that lives on may hold its other end

@@ -119,7 +119,7 @@ def _at_work(sweep: Sweep, job: str) -> bool:
 
 def _is_controller(sweep: Sweep, job: str) -> bool:
     """Whether a process of this machine is the controller of a local job."""
-    told = subprocess.run(["ps", "-o", "args=", "-p", job], capture_output=True, text=True, check=False).stdout
+    told = subprocess.run(["ps", "-ww", "-o", "args=", "-p", job], capture_output=True, text=True, check=False).stdout
     return str(sweep.path / "jobs") in told
 
 
