@@ -41,6 +41,11 @@ def dead():
     nn.init.zeros_(net[2].weight)
     return net
 
+def vanishing():
+    torch.manual_seed(0)
+    hidden = [nn.Sequential(nn.Linear(6, 6), nn.Sigmoid()) for _ in range(4)]
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), *hidden, nn.Linear(6, 10))
+
 def normalised():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 10))
 
@@ -296,6 +301,22 @@ def test_locked_stages_fail_where_that_is_asked_for(cli: CommandLine) -> None:
     assert cli("mine:dead", *arguments).code == 0
     outcome = cli("mine:make", *arguments, "--fail-if", "locked")
     assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_gradient_that_has_shrunk_by_a_decade_is_locked_too(cli: CommandLine) -> None:
+    outcome = cli("mine:vanishing", "--data", "digits", "--samples", "2", "--fail-if", "locked")
+    assert outcome.code == 1
+    assert outcome.err.startswith("locked: 0, ")
+
+
+def test_a_fault_of_ours_looks_like_no_locked_stage(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("src.certify.certify_as", fault)
+    outcome = cli("mine:make", "--data", "digits", "--samples", "2", "--fail-if", "locked")
+    assert outcome.code == 3
+    assert "KeyError: 'ours'" in outcome.err
 
 
 # --- what is refused
