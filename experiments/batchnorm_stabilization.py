@@ -105,8 +105,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_operators, _gains, _at_initialisation, _along, _repairs, _depths)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_operators, _gains, _at_initialisation, _along, _repairs, _depths)
 
 
 def _net(config: Config, **changes: object) -> ModelConfig:
@@ -193,13 +192,13 @@ def _along(context: Context) -> Iterator[Row]:
         for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed)
             where = {"part": "along", **network_columns(model, seed)}
-            seen = {0: look(network, examples) | {"stage_norm": middle_norm(network, few)}}
+            initial = look(network, examples) | {"stage_norm": middle_norm(network, few)}
 
-            def watch(step: int, network: nn.Sequential = network, seen: dict[int, dict[str, float]] = seen) -> None:
-                if step in LOOKED_AT:
-                    seen[step] = look(network, examples)
+            def watch(step: int, network: nn.Sequential = network) -> dict[str, float] | None:
+                return look(network, examples) if step in LOOKED_AT else None
 
             outcome = context.train(network, f"{model.norm}, depth {model.depth}, seed {seed}", seed, on_step=watch)
+            seen = {0: initial, **outcome.seen}
             seen.setdefault(outcome.steps, {})["stage_norm"] = middle_norm(network, few)
             for step, found in seen.items():
                 yield from measured({"step": step, **where}, **found)

@@ -146,7 +146,7 @@ def kind(model: ModelConfig) -> str:
 
 def measure(context: Context) -> pd.DataFrame:
     """Certify and train every network of the zoo; one row a measurement."""
-    return pd.DataFrame(list(_networks(context)))
+    return context.rows(_networks)
 
 
 def _networks(context: Context) -> Iterator[Row]:
@@ -160,7 +160,7 @@ def _networks(context: Context) -> Iterator[Row]:
         certificate = context.certify(network)
         where = {"kind": kind(model), **network_columns(model, seed)}
         if seed in shown:
-            context.tracker.certificate(name, certificate)
+            context.show(name, certificate)
         yield from _k_back(certificate, where)
         yield from _bounds(certificate, where)
         batch = {"of": "batch", **where}

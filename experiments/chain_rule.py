@@ -88,8 +88,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_per_sample, _on_batch, _degeneration)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_per_sample, _on_batch, _degeneration)
 
 
 def _net(config: Config, kind: Kind, depth: int, conv_width: int, **changes: Any) -> ModelConfig:

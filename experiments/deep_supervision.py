@@ -102,8 +102,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_gradients, _severed_chains, _opposed_heads, _trainings)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_gradients, _severed_chains, _opposed_heads, _trainings)
 
 
 def _chains(config: Config, weight_vars: list[float], depths: list[int]) -> list[ModelConfig]:
@@ -242,22 +241,22 @@ def _training(context: Context, model: ModelConfig, setting: Supervision, seed: 
     part = "published" if model.family == "vgg" else "training"
     where = {"part": part, "heads": "random", **asdict(setting), **network_columns(model, seed)}
     gradients = partial(_along_training, context, network, setting, where)
-    early: list[Row] = []
 
-    def look(step: int) -> None:
-        if step == max(1, steps // 4):
-            early.extend(measured(where, early_accuracy=evaluate(network, data, data.test)[1]))
-            early.extend(gradients("early"))
+    def early(step: int) -> list[Row] | None:
+        if step != max(1, steps // 4):
+            return None
+        return [*measured(where, early_accuracy=evaluate(network, data, data.test)[1]), *gradients("early")]
 
     yield from gradients("initial")
     fading = steps if setting.schedule == "fading" else None
     name = f"{model.family}, σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {seed}"
     step = {"optimizer": "adam", "lr": setting.adam} if setting.adam else {"lr": training.lr * setting.boost}
-    outcome = context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha, fading), look, replace(training, **step))
+    outcome = context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha, fading), early, replace(training, **step))
     metrics = outcome.metrics()
     yield from measured(where, **metrics)
     if outcome.status == "finished":
-        yield from early
+        for seen in outcome.seen.values():
+            yield from seen
         yield from gradients("trained")
     else:
         yield from measured(where, early_accuracy=metrics["test_accuracy"])

@@ -138,7 +138,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    return pd.DataFrame([row for part in (_exhibits, _rates, _treatments) for row in part(context)])
+    return context.rows(_exhibits, _rates, _treatments)
 
 
 def _exhibited(config: Config) -> dict[str, ModelConfig]:

@@ -113,8 +113,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_independence, _trainings, greedy_published.trainings)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_independence, _trainings, greedy_published.trainings)
 
 
 def _models(config: Config, chain: str) -> list[ModelConfig]:

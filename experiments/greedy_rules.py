@@ -1,6 +1,5 @@
 """The rules by which greedy_layerwise trains a chain: their turns, what a training takes, and the learning rate that suits each best."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -108,13 +107,8 @@ def train(context: Context, model: Blockwise, rule: Rule, training: TrainingConf
     """Train by a rule, turn by turn, each with an optimiser of its own; how it came out after the last."""
     seconds = 0.0
     for turn, objective in enumerate(turns(rule, len(model.blocks)), start=1):
-        stamps: list[float] = []
-
-        def stamp(_: int, stamps: list[float] = stamps) -> None:
-            stamps.append(time.perf_counter())
-
-        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, on_step=stamp, config=training)
-        seconds += stamps[-1] - stamps[0]
+        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, config=training)
+        seconds += outcome.seconds
     return Trained(outcome.metrics(), seconds)
 
 

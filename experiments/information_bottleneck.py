@@ -96,8 +96,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_untrained, _trained)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_untrained, _trained)
 
 
 def _model(config: Config, kind: str, init: Any = "gaussian") -> ModelConfig:

@@ -119,8 +119,7 @@ def measure(context: Context) -> pd.DataFrame:
 
     Raises: UserError when every training diverged.
     """
-    parts = (_example, _neighbours, _precision, _trainings)
-    rows = pd.DataFrame([row for part in parts for row in part(context)])
+    rows = context.rows(_example, _neighbours, _precision, _trainings)
     require("updates" in set(rows["part"]), f"training.lr: lower than {context.config.training.lr:g}, at which every training diverged")
     return rows
 
@@ -269,15 +268,15 @@ def _followed(context: Context, network: nn.Sequential, where: Row) -> Iterator[
     for layer, stage in enumerate(network, start=1):
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(layer in trained and name.endswith("weight"))
-    start, kept = copy.deepcopy(network), dict[int, nn.Sequential]()
+    start, now = copy.deepcopy(network), copy.deepcopy(network)
 
-    def keep(steps: int) -> None:
-        if _is_kept(steps, context.steps()):
-            kept[steps] = copy.deepcopy(network)
+    def weights(steps: int) -> dict[str, Tensor] | None:
+        return {name: tensor.clone() for name, tensor in network.state_dict().items()} if _is_kept(steps, context.steps()) else None
 
-    outcome = context.train(network, f"{where['activation']}, {mode} trained, seed {seed}", seed, on_step=keep)
+    outcome = context.train(network, f"{where['activation']}, {mode} trained, seed {seed}", seed, on_step=weights)
     yield from measured({"part": "training", **where}, **outcome.metrics())
-    for steps, now in kept.items() if outcome.status == "finished" else ():
+    for steps, state in outcome.seen.items() if outcome.status == "finished" else ():
+        now.load_state_dict(state)
         for layer in below:
             update = (dense_layer(now[layer - 1]).weight - dense_layer(start[layer - 1]).weight).detach()
             moving = sum(layer < other <= place for other in trained)

@@ -89,8 +89,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings, _published_trainings)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings, _published_trainings)
 
 
 def _dense(config: Config, **changes: Any) -> ModelConfig:
@@ -108,7 +107,7 @@ def _certificates(context: Context) -> Iterator[Row]:
     for skip in context.progress(SKIPS, "certificates"):
         model = _dense(context.config, skip=skip, depth=context.config.grid.block_depth)
         certificate = context.certify(context.calibrated(model, 0))
-        context.tracker.certificate(f"{skip}, depth {model.depth}", certificate)
+        context.show(f"{skip}, depth {model.depth}", certificate)
         yield from measured(
             {"part": "certificate", **network_columns(model, 0)},
             skip_depth=float(certificate.skip_depth),

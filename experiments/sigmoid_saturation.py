@@ -100,8 +100,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_jacobians, _square_slopes, _mapped_signals, _learn, _mapped_trainings, watch)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_jacobians, _square_slopes, _mapped_signals, _learn, _mapped_trainings, watch)
 
 
 def _saturating(config: Config, **changes: Any) -> list[tuple[str, ModelConfig]]:

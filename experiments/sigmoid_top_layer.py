@@ -45,15 +45,14 @@ def watch(context: Context) -> Iterator[Row]:
         for seed in range(grid.long_seeds):
             network = context.network(model, seed)
             standard_start(network, context.generator("uniform", seed))
-            seen = {0: activity(network[:-1], images, PERCENTILES)}
+            initial = activity(network[:-1], images, PERCENTILES)
 
-            def look(step: int, network: nn.Sequential = network, seen: dict[int, Any] = seen) -> None:
-                if step in times:
-                    seen[step] = activity(network[:-1], images, PERCENTILES)
+            def look(step: int, network: nn.Sequential = network) -> list[dict[str, float]] | None:
+                return activity(network[:-1], images, PERCENTILES) if step in times else None
 
             outcome = context.train(network, f"{model.depth - 1} hidden layers, seed {seed}", seed, on_step=look, config=recipe)
             where = {"part": "long", **network_columns(model, seed)}
-            for step, layers in seen.items():
+            for step, layers in {0: initial, **outcome.seen}.items():
                 for layer, of_layer in enumerate(layers, start=1):
                     named = {f"activation_{name}": value for name, value in of_layer.items()}
                     yield from measured({"step": step, "layer": layer, **where}, **named)

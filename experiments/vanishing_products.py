@@ -99,8 +99,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_bounds, _scaled_chains, _rates, _large, _hiding, _edge)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_bounds, _scaled_chains, _rates, _large, _hiding, _edge)
 
 
 def _bounded(config: Config) -> list[ModelConfig]:
@@ -117,7 +116,7 @@ def _bounds(context: Context) -> Iterator[Row]:
             certificate = context.certify(exact_network(context, model, seed))
             where = {"part": "bound", **network_columns(model, seed)}
             if seed == 0 and model.depth == max(grid.depths):
-                context.tracker.certificate(f"{model.activation} {model.weight_var:g}", certificate)
+                context.show(f"{model.activation} {model.weight_var:g}", certificate)
             for bound, norm in zip(certificate.bound().itertuples(), input_norms, strict=True):
                 sides = {"gradient": bound.lhs, "bound_as_stated": bound.rhs_as_stated, "bound": bound.rhs}
                 yield from measured({**where, "sample": bound.sample}, **sides, input_norm=norm)

@@ -69,8 +69,7 @@ def plan(context: Context) -> list[Work]:
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    parts = (_initial, _trainings)
-    return pd.DataFrame([row for part in parts for row in part(context)])
+    return context.rows(_initial, _trainings)
 
 
 def _models(config: Config) -> list[ModelConfig]:

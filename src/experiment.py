@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import pandas as pd
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from src import rows as row_table
 from src.certificate import Certificate, certify
+from src.checkpoint import Checkpoint, Training, plain
+from src.code import ROOT, fingerprint
 from src.config import Config, Criterion, ModelConfig, TrainingConfig
 from src.data.load import Data, Split, load
 from src.errors import UserError
@@ -31,12 +33,16 @@ from src.models.layers import Layers
 from src.plan import Work, describe
 from src.provenance import surroundings
 from src.results import RunError, RunFolder
+from src.rows import Row
 from src.seeds import generator
-from src.tracking import Tracker, open_tracker
+from src.tracking import Tracker, in_brief, open_tracker
 from src.training.loop import Objective, Outcome, end_to_end, planned_steps, train
 from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
+ROWS = "rows"  # the checkpoint's entry for all that the finished parts have left
+# what a tracker is shown: a curve or a certificate, its name, and plain values
+Shown = tuple[Literal["curve", "certificate"], str, dict[str, Any]]
 log = logging.getLogger(__name__)
 
 
@@ -48,11 +54,15 @@ class Context:
     data: Data
     device: torch.device
     tracker: Tracker
+    # None: nothing is kept before the run is finished
+    checkpoint: Checkpoint | None = None
     bars: Progress = field(default_factory=lambda: Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True))
-    # random networks drawn and training steps done so far: what the plan foretold
+    # random networks drawn and training steps done so far, what the plan foretold, and trainings
     tally: Counter[str] = field(default_factory=Counter)
-    # wall time of every training by its name; no row holds it, for the same seed must give the same rows
+    # wall time of every training's steps by its name; no row holds it, for the same seed must give the same rows
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # what the tracker was shown so far
+    shown: list[Shown] = field(default_factory=list)
 
     def generator(self, *purpose: str | int | float) -> torch.Generator:
         """The CPU generator of a purpose, derived from the root seed."""
@@ -99,6 +109,40 @@ class Context:
         chosen = torch.randperm(len(split), generator=self.generator("samples"))[:count].to(split.labels.device)
         return self.data.standardise(split.images[chosen]), split.labels[chosen]
 
+    def rows(self, *parts: Callable[["Context"], Iterable[Row]]) -> pd.DataFrame:
+        """The rows of an experiment's parts, one after the other; a part that an earlier try at the run has finished isn't measured again.
+
+        Args:
+            parts: each yields its rows, which depend on the config and the data alone.
+        """
+        kept = self.checkpoint and self.checkpoint.load(ROWS)
+        rows: list[Row] = kept["rows"] if kept else []
+        finished: int = kept["parts"] if kept else 0
+        if kept:
+            log.info("goes on from a checkpoint: %d of %d parts are finished", finished, len(parts))
+            self.tally.update(kept["tally"])
+            self.seconds.update(kept["seconds"])
+            for kind, name, content in kept["shown"]:
+                self._show(kind, name, content)
+        for done, part in enumerate(parts[finished:], start=finished + 1):
+            first = self.tally["trainings"]
+            rows += map(plain, part(self))
+            if self.checkpoint:
+                so_far = {"tally": self.tally, "seconds": self.seconds, "shown": self.shown}
+                self.checkpoint.keep(ROWS, {"parts": done, "rows": rows, **so_far})
+                for n in range(first, self.tally["trainings"]):
+                    Training(self.checkpoint, n).drop()
+        return pd.DataFrame(rows)
+
+    def show(self, name: str, certificate: Certificate) -> None:
+        """Show the tracker a certificate under a name."""
+        self._show("certificate", name, in_brief(certificate))
+
+    def _show(self, kind: Literal["curve", "certificate"], name: str, content: dict[str, Any]) -> None:
+        """Show the tracker something; a run that goes on from a checkpoint shows all again, for its mirror is another."""
+        self.shown.append((kind, name, content))
+        {"curve": self.tracker.curve, "certificate": self.tracker.certificate}[kind](name, content)
+
     def progress(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """The items, behind a progress bar when standard error is a terminal."""
         return self.bars.track(items, total=len(items), description=description)
@@ -121,21 +165,21 @@ class Context:
             name: of its curves.
             seed: of the order.
             objective: what is minimised.
-            on_step: called with the steps done after every step, to measure along the way.
+            on_step: called with the steps done after every step, to measure along the way; what it returns, unless None, the outcome has
+                in `seen`. It must keep nothing itself: a training that goes on from a checkpoint calls it for the steps that are left.
             config: the training, where it is not the configured one.
         """
         bar = self.bars.add_task(name)
 
-        def stepped(step: int, total: int) -> None:
-            self.tally["steps"] += 1
+        def stepped(step: int, total: int) -> object:
             self.bars.update(bar, completed=step, total=total, visible=step < total)
-            if on_step:
-                on_step(step)
+            return on_step and on_step(step)
 
-        started = time.monotonic()
-        outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective)
-        self.seconds[name] += time.monotonic() - started
-        self.tracker.curve(name, outcome.history)
+        keeper = Training(self.checkpoint, self.tally["trainings"]) if self.checkpoint else None
+        outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective, keeper)
+        self.tally.update({"trainings": 1, "steps": outcome.steps})
+        self.seconds[name] += outcome.seconds
+        self._show("curve", name, outcome.history.to_dict("list"))
         return outcome
 
 
@@ -178,7 +222,8 @@ def run_experiment(config: Config) -> tuple[RunFolder, bool]:
     with ExitStack() as stack:
         with folder.running(), _logging_to(folder.path / "log.txt"):
             tracker = stack.enter_context(open_tracker(config, folder.id))
-            verdicts = _carry_out(experiment, Context(config, data, device, tracker), folder)
+            checkpoint = Checkpoint(folder.checkpoint, _made_by(data, device))
+            verdicts = _carry_out(experiment, Context(config, data, device, tracker, checkpoint), folder)
         # the mirror shows a run folder that is complete
         tracker.finish(folder.path, to_frame(verdicts))
     return folder, False
@@ -197,7 +242,11 @@ def _carry_out(experiment: Experiment, context: Context, folder: RunFolder) -> l
     folder.write("rows.parquet", row_table.to_parquet(rows, experiment.QUANTITIES, stamp_of(config, data, folder.id, provenance)))
     verdicts = experiment.judge(rows, config.criteria)
     folder.write_json("verdicts.json", [asdict(verdict) for verdict in verdicts])
-    times = {"wall_time_s": round(time.monotonic() - started, 1), "training_seconds": {n: round(s, 3) for n, s in context.seconds.items()}}
+    times = {
+        "wall_time_s": round(time.monotonic() - started, 1),
+        "resumed": context.checkpoint is not None and context.checkpoint.resumed,
+        "training_seconds": {name: round(seconds, 3) for name, seconds in context.seconds.items()},
+    }
     folder.write_json("provenance.json", {**provenance, **times})
     drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
     style = importlib.import_module("paper_figures.style")
@@ -243,6 +292,12 @@ def stamp_of(config: Config, data: Data, run: str, provenance: Mapping[str, obje
         "commit": provenance["commit"],
         "dirty": provenance["dirty"],
     }
+
+
+def _made_by(data: Data, device: torch.device) -> dict[str, object]:
+    """What a run's numbers depend on beside its config."""
+    known = surroundings(device)
+    return {"code": fingerprint(ROOT), "data": data.sha256, **{key: known[key] for key in ("python", "versions", "device")}}
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class RunFolder:
         self.id = run_hash(config) + fallback
         self.path = folder_of(config, config.seed, self.id)
         place = self.path.parent
+        # what a run that was killed goes on from; gone when it is finished
+        self.checkpoint = place / f".{self.path.name}.checkpoint"
         self._new, self._previous, self._failed, self._lock = (
             place / f".{self.path.name}.{beside}" for beside in ("new", "previous", "failed", "lock")
         )
@@ -187,7 +189,8 @@ class RunFolder:
         """Write how the run ended; where it doesn't replace a finished one, beside that. Return the file that tells."""
         self.write_json("status.json", {"status": status, **details})
         if status == "done":
-            shutil.rmtree(self._previous, ignore_errors=True)
+            for superseded in (self._previous, self.checkpoint):
+                shutil.rmtree(superseded, ignore_errors=True)
         elif read_status(self._previous) == "done":
             shutil.rmtree(self._failed, ignore_errors=True)
             self.path.rename(self._failed)

@@ -15,16 +15,19 @@ from src.config import Config
 from src.errors import UserError
 from src.results import to_plain
 
+# the columns of a table, as plain values
+Columns = Mapping[str, list[Any]]
+
 
 @runtime_checkable
 class Tracker(Protocol):
     """What a run tells while it goes and when it ends."""
 
-    def curve(self, name: str, history: pd.DataFrame) -> None:
+    def curve(self, name: str, history: Columns) -> None:
         """The curves of one training: a row an evaluation, with its step."""
 
-    def certificate(self, name: str, certificate: Certificate) -> None:
-        """A certificate: K_back, the values of every layer, the singular values of every layer as histograms."""
+    def certificate(self, name: str, certificate: Mapping[str, Any]) -> None:
+        """A certificate, as `in_brief` has it."""
 
     def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
         """The verdicts, the figure as an image, the run folder as an artifact."""
@@ -33,10 +36,10 @@ class Tracker(Protocol):
 class Silent:
     """Tracks nothing."""
 
-    def curve(self, name: str, history: pd.DataFrame) -> None:
+    def curve(self, name: str, history: Columns) -> None:
         """Nothing."""
 
-    def certificate(self, name: str, certificate: Certificate) -> None:
+    def certificate(self, name: str, certificate: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
@@ -49,21 +52,21 @@ class WandB:
     def __init__(self, run: Any):
         self.run = run
 
-    def curve(self, name: str, history: pd.DataFrame) -> None:
+    def curve(self, name: str, history: Columns) -> None:
         """Log every row under `curves/<name>/`, over the training's own steps."""
         self.run.define_metric(f"curves/{name}/*", step_metric=f"curves/{name}/step")
-        for row in history.to_dict("records"):
+        for row in pd.DataFrame(history).to_dict("records"):
             self.run.log({f"curves/{name}/{key}": value for key, value in row.items()})
 
-    def certificate(self, name: str, certificate: Certificate) -> None:
+    def certificate(self, name: str, certificate: Mapping[str, Any]) -> None:
         """Put K_back into the summary; log the layers as a table and their singular values as histograms."""
         import wandb
 
-        for key, value in certificate.to_frame().drop(columns="sample").median().items():
+        for key, value in certificate["K_back"].items():
             self.run.summary[f"certificate/{name}/{key}"] = value
-        self.run.log({f"certificate/{name}/layers": wandb.Table(dataframe=certificate.layers)})
-        for stage, values in zip(certificate.severity["stage"], certificate.singular_values, strict=True):
-            self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(np_histogram=histogram(values.cpu().numpy()))})
+        self.run.log({f"certificate/{name}/layers": wandb.Table(dataframe=pd.DataFrame(certificate["layers"]))})
+        for stage, counts_and_edges in certificate["singular_values"].items():
+            self.run.log({f"certificate/{name}/singular_values/{stage}": wandb.Histogram(np_histogram=counts_and_edges)})
 
     def finish(self, folder: Path, verdicts: pd.DataFrame) -> None:
         """Log the verdicts as a table, the figure, and the folder.
@@ -102,6 +105,20 @@ class ActiveRun:
         run.define_metric("backlock/*", step_metric="backlock/step")
         run.log({**scalars, "backlock/step": step}, commit=False)
         self.row = run.id, run.step
+
+
+def in_brief(certificate: Certificate) -> dict[str, Any]:
+    """What a mirror shows of a certificate, as plain values.
+
+    Returns: K_back, the medians over the samples of its entries; layers, the columns of the table of layers; and by stage
+    singular_values, counts and edges of their histogram.
+    """
+    stages = zip(certificate.severity["stage"], certificate.singular_values, strict=True)
+    return {
+        "K_back": certificate.to_frame().drop(columns="sample").median().to_dict(),
+        "layers": certificate.layers.to_dict("list"),
+        "singular_values": {stage: [part.tolist() for part in histogram(values.cpu().numpy())] for stage, values in stages},
+    }
 
 
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -138,11 +138,12 @@ def _estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
 
 
 def _seconds(kind: Path) -> float | None:
-    """The mean wall time of a few finished runs of a kind; None where there is none."""
+    """The mean wall time of a few finished runs of a kind that did all their work at once; None where there is none."""
     times = []
     for file in kind.glob("seed*/provenance.json"):
         with suppress(OSError, ValueError, KeyError):
-            times.append(float(json.loads(file.read_bytes())["wall_time_s"]))
+            told = json.loads(file.read_bytes())
+            times += [] if told.get("resumed") else [float(told["wall_time_s"])]
         if len(times) == SAMPLED:
             break
     return sum(times) / len(times) if times else None

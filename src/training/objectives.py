@@ -52,6 +52,14 @@ class DeepSupervision:
         self.evaluations += 1
         return total
 
+    def state_dict(self) -> dict[str, int]:
+        """What it remembers: the evaluations so far."""
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from there."""
+        self.evaluations = state_dict["evaluations"]
+
 
 def split_gradients(
     network: MultiExit, images: Float[Tensor, "n ..."], labels: Int64[Tensor, " n"], weights: Sequence[float]

@@ -12,7 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from src import checkpoint
+from src import rows as row_table
 from src.experiment import Context
+from src.rows import Row
 from tests import tiny as module
 from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny
@@ -61,6 +64,34 @@ def test_ctrl_c_during_a_redo_keeps_the_finished_run(cli: CommandLine, start: Co
     assert cli("experiment=tiny", "force=true").code == 130
     assert [status(folder) for folder in folders()] == ["done"]
     assert "already finished" in start().out
+
+
+def test_an_interrupted_run_goes_on_where_it_was(cli: CommandLine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[str] = []
+
+    def first(context: Context) -> Iterator[Row]:
+        parts.append("first")
+        yield {"quantity": "number", "value": 0.1, "sample": 0}
+
+    def second(context: Context) -> Iterator[Row]:
+        parts.append("second")
+        if parts.count("second") == 1:
+            signal.raise_signal(signal.SIGINT)
+        yield {"quantity": "number", "value": 0.2, "sample": 1}
+
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    tiny.measures(lambda context: context.rows(first, second))
+    assert cli("experiment=tiny").code == 130
+    (folder,) = folders()
+    kept = folder.with_name(f".{folder.name}.checkpoint")
+    assert kept.is_dir()
+    answer = cli("experiment=tiny")
+    assert answer.code == 0
+    assert "goes on from a checkpoint: 1 of 2 parts are finished" in (folder / "log.txt").read_text()
+    assert parts == ["first", "second", "second"]
+    assert row_table.read(folder / "rows.parquet")["value"].tolist() == [0.1, 0.2]
+    assert json.loads((folder / "provenance.json").read_text())["resumed"]
+    assert not kept.exists()
 
 
 HOLD = """

@@ -1,17 +1,22 @@
 """The loop against NumPy written by hand, and its promises."""
 
+import io
 import math
+from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from src.config import TrainingConfig
 from src.data.load import Data, Split
 from src.errors import UserError
-from src.training.loop import CHECK_EVERY, batches, evaluate, lasting, planned_steps, train
+from src.training.loop import CHECK_EVERY, Outcome, batches, evaluate, lasting, planned_steps, train
 from tests.training.sets import as_data, digits, small_set
 
 COLUMNS = ["step", "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
@@ -284,3 +289,67 @@ def test_a_part_that_a_look_puts_into_eval_mode_is_trained_on() -> None:
         statistics.append(model[2].running_mean.clone())
     assert torch.equal(*statistics)
     assert statistics[0].abs().max() > 0
+
+
+class Killed(BaseException):
+    """As a signal would end it."""
+
+
+class Memory:
+    """A keeper that is written at every step, and killed after some."""
+
+    def __init__(self, kept: bytes | None, left: float) -> None:
+        self.kept, self.left = kept, left
+
+    @property
+    def due(self) -> bool:
+        return True
+
+    def load(self) -> dict[str, Any] | None:
+        return torch.load(io.BytesIO(self.kept), weights_only=True) if self.kept else None
+
+    def keep(self, training: dict[str, Any]) -> None:
+        torch.save(training, buffer := io.BytesIO())
+        self.kept = buffer.getvalue()
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adam", "weight_decay": 0.0}, {"schedule": "constant", "max_steps": 8}, {"lr": 1e6}])
+@pytest.mark.parametrize("after", [(1,), (5,), (3, 1, 2), (9,), (2,) * 10])
+def test_a_killed_training_goes_on_bit_for_bit(changes: dict, after: tuple[int, ...]) -> None:
+    data, settings = small_set(), config(**changes)
+
+    def trained(model: nn.Sequential, keeper: Memory | None) -> Outcome:
+        return train(model, data, settings, generator(), lambda step, total: float(model[1].weight.sum().detach()), keeper=keeper)
+
+    undisturbed, kept = network(18, 16, 16, 3, norm=True), None
+    truth = trained(undisturbed, None)
+    for left in after:
+        memory = Memory(kept, left)
+        with suppress(Killed):
+            trained(network(18, 16, 16, 3, norm=True), memory)
+        kept = memory.kept
+    again = network(18, 16, 16, 3, norm=True)
+    outcome = trained(again, Memory(kept, math.inf))
+    assert (outcome.status, outcome.steps, repr(outcome.seen)) == (truth.status, truth.steps, repr(truth.seen))
+    assert len(outcome.seen) == outcome.steps
+    pd.testing.assert_frame_equal(outcome.history, truth.history, check_exact=True)
+    assert_close(again.state_dict(), undisturbed.state_dict(), rtol=0, atol=0, equal_nan=True)
+    assert not any(module.training for module in again.modules())
+
+
+def test_a_finished_training_is_not_made_again() -> None:
+    memory = Memory(None, math.inf)
+    train(network(18, 3), small_set(), config(), generator(), keeper=memory)
+    steps: list[int] = []
+    train(network(18, 3), small_set(), config(), generator(), lambda step, total: steps.append(step), keeper=memory)
+    assert steps == []
+
+
+def test_batches_that_are_passed_over_are_the_first() -> None:
+    split = Split(torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1), torch.arange(50))
+    every, later = (batches(split, 16, generator(), passed) for passed in (0, 4))
+    labels = [next(every)[1] for _ in range(8)]
+    assert all(torch.equal(next(later)[1], expected) for expected in labels[4:])

@@ -11,7 +11,7 @@ from src.config import ModelConfig, TrainingConfig
 from src.models import build
 from src.models.exits import MultiExit, with_exits
 from src.models.layers import Layers
-from src.training.loop import end_to_end, train
+from src.training.loop import Stateful, end_to_end, train
 from src.training.objectives import DeepSupervision, exit_losses
 from tests.training.sets import small_set
 
@@ -97,3 +97,13 @@ def test_a_training_fades_over_its_own_steps() -> None:
 
     train(network("layer1"), small_set(), TRAINING, torch.Generator(), look, objective)
     assert shares == pytest.approx([1 - step / 9 for step in range(1, 10)])
+
+
+def test_a_fading_share_goes_on_where_it_was() -> None:
+    model = network("layer1")
+    objective = DeepSupervision.alike(model, 1.0, fading=4)
+    objective(model, *batch())
+    again = DeepSupervision.alike(model, 1.0, fading=4)
+    assert isinstance(again, Stateful)
+    again.load_state_dict(objective.state_dict())
+    assert again.share == objective.share == 0.75
