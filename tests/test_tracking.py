@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +15,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from torch import nn
 
+from src import checkpoint
 from src import rows as row_table
+from src.experiment import Context
+from src.rows import Row
 from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny
 
@@ -35,6 +39,7 @@ class Mirrored:
     place: Path
     done: subprocess.CompletedProcess[str]
     connections: int
+    mirror: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -43,6 +48,8 @@ class Mirrored:
 
     @property
     def run(self) -> Path:
+        if self.mirror:
+            return self.mirror
         (run,) = (self.place / "results/wandb").glob("offline-run-*")
         return run
 
@@ -205,3 +212,29 @@ def test_a_fallback_is_called_out_in_the_figure(mirrored: Mirrored) -> None:
     assert rows["fallback"].all()
     figure = import_module("paper_figures.vanishing_products").draw(rows)
     assert figure.get_supxlabel().startswith("FALLBACK: measured on digits in place of mnist")
+
+
+def test_a_run_that_goes_on_has_a_second_mirror_complete_in_itself(cli: CommandLine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have the run's id; `wandb sync` in the order of their times leaves the complete one."""
+
+    def part(name: str, interrupted: bool) -> Callable[[Context], Iterator[Row]]:
+        def rows(context: Context) -> Iterator[Row]:
+            context.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), name, 0)
+            if interrupted and len(tiny.calls) == 1:
+                raise KeyboardInterrupt
+            yield {"quantity": "number", "value": 0.1, "sample": name}
+
+        return rows
+
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    tiny.measures(lambda context: context.rows(part("first", False), part("second", True), part("third", False)))
+    assert cli("experiment=tiny", "tracker=offline").code == 130
+    assert cli("experiment=tiny", "tracker=offline").code == 0
+    (folder,) = Path("results/tiny/digits/smoke").glob("seed*")
+    both = [Mirrored(Path.cwd(), None, 0, run).inspect() for run in sorted(Path("results/wandb").glob("offline-run-*"))]  # type: ignore[arg-type]
+    told = [[json.loads(line) for line in lines.splitlines()] for lines in both]
+    assert [next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in told] == [folder.name[6:]] * 2
+    first, second = map(history, told)
+    curves = {name: f"curves/{name}/test_accuracy" for name in ("first", "second", "third")}
+    assert curves["third"] not in first
+    assert set(curves.values()) | {"figure.path"} <= second
