@@ -53,17 +53,35 @@ def order(seed):
         return Path(os.environ["ORDERS"], str(seed)).read_text()
 
 
+def mark(what, context):
+    Path(os.environ["ORDERS"], f"{what}-{context.config.seed}-{os.getpid()}").touch()
+
+
 def measure(context):
+    mark("began", context)
+    return context.rows(first, second)
+
+
+def numbers(context):
+    found = torch.randn(context.config.grid.samples, generator=context.generator("numbers"), dtype=torch.float64)
+    return [{"quantity": "number", "value": float(number), "sample": sample} for sample, number in enumerate(found)]
+
+
+def first(context):
+    mark("measured", context)
+    return numbers(context)[:4]
+
+
+def second(context):
     seed = context.config.seed
-    Path(os.environ["ORDERS"], f"began-{seed}-{os.getpid()}").touch()
+    mark("reached", context)
     if order(seed) == "raise":
         raise ZeroDivisionError("by order")
     if order(seed) == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     while order(seed) == "hold":
         time.sleep(0.05)
-    numbers = torch.randn(context.config.grid.samples, generator=context.generator("numbers"), dtype=torch.float64)
-    return pd.DataFrame({"quantity": "number", "value": numbers.tolist(), "sample": range(len(numbers))})
+    return numbers(context)[4:]
 
 
 def judge(rows, criteria):
@@ -82,12 +100,14 @@ def draw(rows):
 
 
 def plant(folder: Path) -> Path:
-    """Copy the code into a folder, and add the tiny experiment."""
+    """Copy the code into a folder, and add the tiny experiment; checkpoints are written at once."""
     for part in ("src", "conf", "experiments", "paper_figures"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("reference", "output"))
     (folder / "conf/experiment/tiny.yaml").write_text(YAML, encoding="utf-8")
     (folder / "experiments/tiny.py").write_text(EXPERIMENT, encoding="utf-8")
     (folder / "paper_figures/tiny.py").write_text(FIGURE, encoding="utf-8")
+    checkpoint = folder / "src/checkpoint.py"
+    checkpoint.write_text(checkpoint.read_text("utf-8").replace("EVERY = 30.0", "EVERY = 0.0"), encoding="utf-8")
     (folder / "orders").mkdir()
     return folder
 
@@ -147,9 +167,9 @@ class User:
             file = self.tree / f"orders/{seed}"
             file.write_text(what) if what != "go on" else file.unlink(missing_ok=True)
 
-    def began(self, seed: int) -> int:
-        """How often the run of a seed began to measure."""
-        return len(list((self.tree / "orders").glob(f"began-{seed}-*")))
+    def began(self, seed: int, what: str = "began") -> int:
+        """How often the run of a seed began to measure; or `measured` its first part, or `reached` its second, which obeys."""
+        return len(list((self.tree / "orders").glob(f"{what}-{seed}-*")))
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait until something is so; what the commands printed is told when it isn't for too long."""

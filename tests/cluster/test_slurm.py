@@ -98,7 +98,7 @@ def test_a_sweep_that_everything_befalls(user: User) -> None:
     user.order("kill", 2)
     user.order("hold", 0, 3, 4, 5)
     launcher = user.start("src.run", "-m", "experiment=tiny", f"seed=range({RUNS})", "cluster=slurm")
-    user.until(lambda: all(user.began(seed) for seed in range(6)), "the runs begin that something befalls")
+    user.until(lambda: all(user.began(seed, "reached") for seed in range(6)), "the runs begin that something befalls")
     assert {node(user, seed) for seed in range(6)} == {"1", "2", "3"}
 
     # the launcher is killed, a job cancelled; a node crashes, and another is taken for dead while its run goes on
@@ -112,17 +112,18 @@ def test_a_sweep_that_everything_befalls(user: User) -> None:
     watching = user.start("src.sweep", "resume", user.sweep().name)
     see(user, crashed, "down")
     subprocess.run([control, "start", crashed], check=True)
-    user.until(lambda: len(user.attempts(0)) == 2 and user.began(crashing) == 2, "the runs of both nodes are begun elsewhere")
+    user.until(lambda: len(user.attempts(0)) == 2 and user.began(crashing, "reached") == 2, "the runs of both nodes are begun elsewhere")
     user.order("go on", 0)
     user.until(lambda: user.attempts(0)[1].outcome == "done", "the copy finds the run finished by the first")
     assert user.began(0) == 1
+    assert len({attempt.told()["host"] for attempt in user.attempts(crashing)}) == 2
     os.kill(slurmd, signal.SIGCONT)
 
     # a time limit is reached, and a job preempted by a higher partition
     slurm_says(user, "scancel", "--signal=USR2", job(user, timed_out))
     slurm_says(user, "sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, crashing)}", "-o", "/dev/null", "--wrap", "true")
-    begun = {seed: user.began(seed) for seed in (timed_out, crashing)}
-    user.until(lambda: all(stopped(user, seed) and user.began(seed) > begun[seed] for seed in begun), "both begin again")
+    begun = {seed: user.began(seed, "reached") for seed in (timed_out, crashing)}
+    user.until(lambda: all(stopped(user, seed) and user.began(seed, "reached") > begun[seed] for seed in begun), "both begin again")
 
     # the disk of the results is full
     fill(disk / "filler")
@@ -140,6 +141,8 @@ def test_a_sweep_that_everything_befalls(user: User) -> None:
     code, out = user.call("src.sweep", "resume", user.sweep().name)
     assert code == 0, out
     assert measured(results) == {seed: expected(seed) for seed in range(RUNS)}
+    # whatever befell them, and on whatever node, they went on from their checkpoints
+    assert [user.began(seed, "measured") for seed in range(RUNS)] == [1] * RUNS
     code, out = user.call("src.run", "-m", "experiment=tiny", f"seed=range({RUNS})", "cluster=slurm")
     assert (code, "submitted" in out) == (0, False)
     assert slurm_says(user, "squeue", "-h") == ""
@@ -162,7 +165,7 @@ def test_a_time_limit_that_passes(user: User) -> None:
     launcher = user.start(
         "src.run", "-m", "experiment=tiny", "cluster=slurm", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60"
     )
-    user.until(lambda: user.began(0) == 2, "the run is begun again after its time")
+    user.until(lambda: user.began(0, "reached") == 2, "the run goes on after its time")
     user.order("go on", 0)
     code, out = user.ended(launcher)
     assert (code, "reached the time limit or was preempted" in out) == (0, True)

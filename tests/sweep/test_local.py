@@ -57,6 +57,7 @@ def test_what_failed_is_told_and_made_by_the_one_command_that_is_printed(user: U
     assert "2 runs submitted in 1 job" in out
     assert measured(user.tree / "results") == {seed: expected(seed) for seed in range(4)}
     assert [user.began(seed) for seed in range(4)] == [1, 2, 2, 1]
+    assert [user.began(seed, "measured") for seed in range(4)] == [1, 1, 1, 1]  # they went on from their checkpoints
 
     code, out = user.call("src.sweep", "collect", user.sweep().name)
     assert (code, "4 of 4 runs" in out) == (0, True)
