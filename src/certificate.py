@@ -1,8 +1,7 @@
 """The backward locking certificate K_back = (∏‖J_l‖, min rank J_l, max cond J_l, skip depth)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import StringIO
@@ -19,30 +18,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src import paths
-from src.chain import BatchNormMode, Chain, branch, cut
-from src.cost import Method, Planned, plan
+from src.chain import BatchNormMode, Chain, cut
+from src.cost import Method
 from src.errors import UserError
-from src.jacobian import matrix_free
-from src.jacobian.backpropagated import Backpropagated, Call
-from src.jacobian.materialised import parameter_gradients, parameter_jacobian_norm, pull_back_all
+from src.jacobian.backpropagated import Call
+from src.jacobian.materialised import parameter_jacobian_norm
 from src.jacobian.product import Product
-from src.jacobian.structured import Dense, dense
-from src.locking import Link, Loss, lock_condition, require_pairs, severity, walk_back
-from src.seeds import generator
-from src.selftest import check_stage, check_state, state_of
-from src.spectra import Spectra
-from src.spectrum import Extremes, Known, weakest
+from src.jacobian.structured import dense
+from src.locking import Loss, require_pairs
+from src.measure import Watch, as_trained, measure, own_dtype
+from src.spectrum import weakest
 from src.twin import require_only_watching
-from src.units import Units
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
-# outputs; beyond them the product of all Jacobians is not followed
-END_TO_END = 128
 if TYPE_CHECKING:
     import src.diagnosis
-
-Watch = Callable[[list[Planned], int], object]
 
 
 @dataclass(frozen=True)
@@ -268,143 +259,27 @@ def certify(
     if not inputs.is_floating_point():
         raise UserError(f"certify: inputs of {inputs.dtype} have no derivative; certify the model behind its embedding")
     inputs = inputs.clone()
-    require_only_watching(model, inputs.detach().to(_own_dtype(model, inputs)))
+    require_only_watching(model, inputs.detach().to(own_dtype(model, inputs)))
     chain = cut(model, stages, dtype, batch_norm, inputs=inputs)
-    layers, severities, known = [], [], []
-    trained = _as_trained(model, inputs, stages, batch_norm)
-    probe_generator, start_generator = generator(0, "lock condition"), generator(0, "matrix free")
-    product: Product | None = None
-    buffers = state_of(chain)
+    trained = as_trained(model, inputs, stages, batch_norm)
     inputs = inputs.detach().to(dtype).contiguous()
-    states = chain.states(inputs.unsqueeze(0) if chain.on_batch else inputs)
-    planned = plan(chain, states, method)
-    spectra = Spectra(chain, states, planned)
-    watch = watch or (lambda planned, done: None)
-    watch(planned, 0)
-    for link in walk_back(chain, inputs, targets, loss):
-        with _naming(link.name):
-            probe = torch.randn(link.signal.direction.shape, generator=probe_generator, dtype=dtype).to(inputs.device)
-            start = torch.randn(link.inputs.shape, generator=start_generator, dtype=dtype).to(inputs.device)
-            check_stage(link, probe, start)
-            measured = spectra.of(link, start.flatten(1), trained[link.index - 1])
-            found, structure = measured.extremes, measured.structure
-            backpropagated = Backpropagated.of(found, measured.jacobians, trained[link.index - 1], structure)
-            if link.index == len(chain.stages) and probe[0].numel() <= END_TO_END:
-                product = Product.behind(probe)
-            if product is not None:
-                pull = structure.pull if structure is not None else partial(pull_back_all, link.stage, link.inputs)
-                product = product.before(pull, torch.minimum(found.structural, found.rank.hi))
-            norms, gradients, free = _gradients(link, structure, probe)
-            units = Units.of(link.stage, link.inputs)
-            columns = _layer_columns(link, found, backpropagated, norms, units)
-            layers.append(columns | {"branch_norm": _branch_norm(link, start.flatten(1))})
-            severities.append({"stage": link.name, "index": link.index, **severity(link.signal_before), **lock_condition(gradients, free)})
-            severities[-1] |= {"dead": units.dead, "kink": units.kink}
-            known.append(found)
-        watch(planned, len(known))
-
-    check_state(chain, buffers)
-    table = _table(layers[::-1])
-    by_sample = table.groupby("sample")
+    found = measure(chain, inputs, targets, loss, method, trained, watch or (lambda planned, done: None))
+    by_sample = found.layers.groupby("sample")
     return Certificate(
-        log_attenuation=torch.tensor(table["norm"].map(_log).groupby(table["sample"]).sum().to_numpy()),
+        log_attenuation=torch.tensor(found.layers["norm"].map(_log).groupby(found.layers["sample"]).sum().to_numpy()),
         rank=torch.tensor(by_sample["rank"].min().to_numpy()),
         conditioning=torch.tensor(by_sample["cond"].agg(_greatest).to_numpy()),
         skip_depth=paths.skip_depth(chain.stages),
         depth=paths.depth(chain.stages),
-        layers=table,
-        severity=pd.DataFrame(severities[::-1]),
-        singular_values=tuple(found.values for found in known[::-1]),
-        tolerance=max((float(found.tolerance.max()) for found in known if found.method == "exact"), default=math.nan),
-        first=(link.stage, link.inputs),
-        product=product,
+        layers=found.layers,
+        severity=found.severity,
+        singular_values=tuple(extremes.values for extremes in found.extremes),
+        tolerance=max((float(extremes.tolerance.max()) for extremes in found.extremes if extremes.method == "exact"), default=math.nan),
+        first=found.first,
+        product=found.product,
         again=partial(certify, inputs=inputs, targets=targets, loss=loss, method=method, dtype=dtype, batch_norm=batch_norm),
         recut=partial(cut, model, stages, dtype, batch_norm, inputs=inputs),
     )
-
-
-@contextmanager
-def _naming(stage: str) -> Iterator[None]:
-    """Say of which stage it is that something can't be measured."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"certificate: stage '{stage}' can't be measured ({type(error).__name__}: {first})") from error
-
-
-def _own_dtype(model: nn.Module, inputs: Tensor) -> torch.dtype:
-    """The precision that a model is trained in."""
-    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
-
-
-def _as_trained(model: nn.Module, inputs: Float[Tensor, "n ..."], stages: Sequence[str] | None, batch_norm: BatchNormMode) -> list[Call]:
-    """The stages as training differentiates them, in the model's own dtype, each with its inputs."""
-    own = _own_dtype(model, inputs)
-    chain = cut(model, stages, own, batch_norm, backpropagated=True, inputs=inputs)
-    own_inputs = inputs.detach().to(own).contiguous()
-    return [*zip(chain.stages, chain.states(own_inputs.unsqueeze(0) if chain.on_batch else own_inputs), strict=False)]
-
-
-def _gradients(
-    link: Link, structure: Dense | None, probe: Float[Tensor, "n ..."]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, "n p"], Float[Tensor, "n p"]]:
-    """‖gᵀP‖ of every sample for the unit signal g, and matrices with the singular values of the N×|θ| ones, of g and of the probe."""
-    signal = link.signal.direction
-    if structure is not None:
-        return structure.gradient_norm(signal), structure.gradient_matrix(signal), structure.gradient_matrix(probe)
-    gradients = parameter_gradients(link.stage, link.inputs, signal)
-    return gradients.norm(dim=1), gradients, parameter_gradients(link.stage, link.inputs, probe)
-
-
-def _branch_norm(link: Link, start: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """σ₁ of the Jacobian of what the stage adds to its skip, a sample; NaN where it has none."""
-    block = branch(link.stage)
-    return torch.full_like(start[:, 0], torch.nan) if block is None else matrix_free.norm(block, link.inputs, start)
-
-
-def _layer_columns(
-    link: Link, found: Extremes, backpropagated: Backpropagated, gradient_norms: Float[Tensor, " n"], units: Units
-) -> dict[str, Tensor | str | int]:
-    """What the table says of one stage: a number a sample, or what holds for all."""
-    log_grad_norm = gradient_norms.log() + link.signal.log_norm
-    return {
-        "stage": link.name,
-        "index": link.index,
-        **_sides("norm", found.norm),
-        **_sides("sigma_min", found.smallest),
-        **_sides("rank", found.rank),
-        **_sides("cond", found.condition),
-        "cond_active": found.active_condition.value,
-        "tau": found.tolerance,
-        "stable_rank": found.stable_rank,
-        "rank_structural": found.structural,
-        "rank_backprop": backpropagated.rank,
-        "backprop_error": backpropagated.error,
-        "method": found.method,
-        "error_norm": link.signal.log_norm.exp(),
-        "grad_norm": log_grad_norm.exp(),
-        "saturation": units.saturation,
-        "mean_square": found.mean_square,
-        "log_error_norm": link.signal.log_norm,
-        "log_grad_norm": log_grad_norm,
-    }
-
-
-def _table(stages: Sequence[Mapping[str, Tensor | str | int]]) -> pd.DataFrame:
-    """A row a (sample, stage)."""
-    samples = next(len(value) for value in stages[0].values() if isinstance(value, Tensor))
-    frame = pd.DataFrame({"sample": np.repeat(range(samples), len(stages))})
-    for column in stages[0]:
-        values = [value.cpu().numpy() if isinstance(value := stage[column], Tensor) else np.repeat(value, samples) for stage in stages]
-        frame[column] = np.stack(values, 1).ravel()
-    return frame
-
-
-def _sides(name: str, known: Known) -> dict[str, Tensor | str]:
-    return {name: known.value, f"{name}_lo": known.lo, f"{name}_hi": known.hi, f"{name}_known": known.how}
 
 
 def _greatest(conditions: pd.Series) -> float:

@@ -7,15 +7,11 @@ Exit code 0: certified; 1: a stage is locked, with --fail-if locked; 2: the user
 """
 
 import argparse
-import difflib
 import hashlib
-import importlib
 import math
-import os
 import re
 import shlex
 import sys
-import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -112,6 +108,8 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     from src.certificate import certify
     from src.data.load import load
     from src.experiment import choose_device
+    from src.progress import Watched
+    from src.user_model import adapt, build, load_weights, require_classifier
 
     device, dtype = choose_device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
@@ -121,12 +119,12 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     model = model.to(device).eval()
     data = load(_data_config(options), device)
     chosen, images, labels = draw(data, options.samples, options.seed)
-    images, changes = adapt(images.to(_own_dtype(model)), model, options.size)
+    images, changes = adapt(images, model, options.size)
     weights = options.weights or ("random weights" if options.model.startswith("torchvision:") else "its own weights")
     said = "".join(f", {change}" for change in changes)
     print(f"{options.model}, {weights}; {len(images)} test images of {data.name}{said}", flush=True)
     try:
-        _require_classifier(options.model, model, images, data.classes)
+        require_classifier(options.model, model, images, data.classes)
         certificate = certify(
             model,
             images,
@@ -146,108 +144,6 @@ def certify_as(options: argparse.Namespace) -> "src.certificate.Certificate":
     return certificate
 
 
-class Watched:
-    """Prints the plan, then a bar on standard error while it is carried out, where that is a terminal."""
-
-    def __init__(self, device: "torch.device", dtype: "torch.dtype"):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.device, self.dtype = device, dtype
-        self.bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-    def __call__(self, planned: "list[src.cost.Planned]", done: int) -> None:
-        """Show how far the plan is; the last stage is measured first."""
-        from src.cost import described
-
-        if done == 0:
-            print(described(planned, self.device, self.dtype), flush=True)
-            self.task = self.bar.add_task("certifying", total=sum(entry.gflop for entry in planned))
-            self.bar.start()
-        else:
-            entry = planned[-done]
-            self.bar.update(self.task, advance=entry.gflop, description=entry.stage)
-        if done == len(planned):
-            self.bar.stop()
-
-
-def _own_dtype(model: "torch.nn.Module") -> "torch.dtype":
-    import torch
-
-    return next((parameter.dtype for parameter in model.parameters()), torch.get_default_dtype())
-
-
-def build(name: str, classes: int) -> "torch.nn.Module":
-    """The model of a name.
-
-    Args:
-        name: `torchvision:NAME`, built for the classes with random weights, or `package.module:callable`, called without arguments.
-        classes: of the data set.
-
-    Raises: UserError when there is none, its code raises, or what it gives is no model.
-    """
-    origin, _, attribute = name.partition(":")
-    return _of_torchvision(attribute, classes) if origin == "torchvision" else _of_user(origin, attribute)
-
-
-def _of_torchvision(name: str, classes: int) -> "torch.nn.Module":
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UserError(f"torchvision has no classifier '{name}'{_near(name, known)}")
-    model: torch.nn.Module = models.get_model(name, weights=None, num_classes=classes)
-    return model
-
-
-def _of_user(origin: str, name: str) -> "torch.nn.Module":
-    from torch import nn
-
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(origin)
-    except Exception as error:  # importing runs the user's own code: anything may be raised
-        if isinstance(error, ModuleNotFoundError) and f"{origin}.".startswith(f"{error.name}."):
-            raise UserError(f"no module '{error.name}' in the current directory or on PYTHONPATH") from error
-        raise UserError(f"importing {origin} raised {_told(error)}; python -c 'import {origin}' shows where") from error
-    if not hasattr(module, name):
-        raise UserError(f"module {origin} has no '{name}'{_near(name, vars(module))}")
-    found = getattr(module, name)
-    if callable(found) and not isinstance(found, nn.Module):
-        try:
-            found = found()
-        except Exception as error:  # the user's own code again
-            raise UserError(f"{origin}:{name}() raised {_told(error)}") from error
-    if not isinstance(found, nn.Module):
-        raise UserError(f"{origin}:{name} gives a {type(found).__name__}, not a torch.nn.Module")
-    return found
-
-
-def load_weights(model: "torch.nn.Module", file: Path) -> None:
-    """Load a state dict, or the one under a checkpoint's `state_dict`, strictly and with `weights_only=True`.
-
-    Raises: UserError when the file is none that torch saved, holds more than tensors, or does not fit the model.
-    """
-    import torch
-
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch's several readers
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{file}: holds {code[1]}, which weights_only=True refuses; save model.state_dict() alone") from error
-        raise UserError(f"{file}: damaged, or not saved by torch.save ({_told(error)})") from error
-    if isinstance(stored, Mapping) and "state_dict" in stored:
-        stored = stored["state_dict"]
-    if not isinstance(stored, Mapping):
-        raise UserError(f"{file}: holds a {type(stored).__name__}, not a state dict; save model.state_dict()")
-    try:
-        model.load_state_dict(stored, strict=True)
-    except RuntimeError as error:
-        faults = textwrap.shorten(str(error).partition("\n")[2], 300, placeholder=" …")
-        raise UserError(f"{file}: not the weights of this {type(model).__name__}: {faults}") from error
-
-
 def draw(data: "src.data.load.Data", count: int, seed: int) -> tuple[list[int], "torch.Tensor", "torch.Tensor"]:
     """Draw test images without replacement, the same as the experiments draw from this seed.
 
@@ -260,41 +156,6 @@ def draw(data: "src.data.load.Data", count: int, seed: int) -> tuple[list[int], 
     chosen = torch.randperm(len(data.test), generator=generator(seed, "samples"))[:count]
     here = chosen.to(data.test.labels.device)
     return chosen.tolist(), data.standardise(data.test.images[here]), data.test.labels[here]
-
-
-def adapt(images: "torch.Tensor", model: "torch.nn.Module", size: int | None) -> tuple["torch.Tensor", list[str]]:
-    """Make the images what the model takes: grey ones of 3 channels where its first convolution has 3, and of the size asked for.
-
-    Returns: the images, and what was done to them.
-    """
-    from torch import nn
-
-    changes = []
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if images.shape[1] == 1 and channels == 3:
-        images = images.repeat(1, 3, 1, 1)
-        changes.append("grey repeated on the 3 channels of the first convolution")
-    if size:
-        changes.append(f"resized from {images.shape[2]}×{images.shape[3]} to {size}×{size}")
-        images = nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return images, changes
-
-
-def _require_classifier(name: str, model: "torch.nn.Module", images: "torch.Tensor", classes: int) -> None:
-    """Raise UserError unless the model takes the images and gives a score for every class."""
-    import torch
-
-    shape = "×".join(map(str, images.shape[1:]))
-    try:
-        with torch.no_grad():
-            scores = model(images)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the user's own code
-        raise UserError(f"{name} can't take images of {shape} ({_told(error)}); change --size or --data") from error
-    if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or scores.shape[1] < classes:
-        given = "×".join(map(str, scores.shape)) if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
-        raise UserError(f"{name} gives {given} for {len(images)} images; a classifier gives {len(images)}×{classes}, a score a class")
 
 
 def to_json(certificate: "src.certificate.Certificate", provenance: Mapping[str, Any], diagnosed: bool = False) -> str:
@@ -373,16 +234,6 @@ def _fail(certificate: "src.certificate.Certificate") -> int:
     if locked:
         print(f"locked: {', '.join(locked)} ({len(locked)} of {len(certificate.severity)} stages)", file=sys.stderr)
     return 1 if locked else 0
-
-
-def _told(error: Exception) -> str:
-    """An error of somebody else's code in a line."""
-    return textwrap.shorten(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 200, placeholder=" …")
-
-
-def _near(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _model(text: str) -> str:

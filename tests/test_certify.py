@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from src import certificate, certify, results
-from src.certificate import Method
 from src.chain import BatchNormMode
 from src.config import DataConfig
+from src.cost import Method
 from src.data.load import Data, load
 from src.seeds import generator
 from tests.conftest import ROOT, Outcome
@@ -180,23 +180,6 @@ def test_grey_images_become_what_the_first_convolution_takes(cli: CommandLine) -
     assert outcome.code == 0
     said = "2 test images of digits, grey repeated on the 3 channels of the first convolution, resized from 8×8 to 6×6"
     assert outcome.out.splitlines()[0].endswith(said)
-
-
-def test_images_are_adapted_only_where_that_is_asked_for() -> None:
-    grey, colour = torch.rand(2, 1, 8, 8), torch.rand(2, 3, 8, 8)
-    takes = {channels: nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Conv2d(4, 4, 3)) for channels in (1, 3)}
-    adapted, changes = certify.adapt(grey, takes[3], None)
-    assert torch.equal(adapted, torch.cat([grey] * 3, 1))
-    assert len(changes) == 1
-    for images, model in ((grey, takes[1]), (colour, takes[3]), (colour, takes[1]), (grey, nn.Linear(64, 3))):
-        adapted, changes = certify.adapt(images, model, None)
-        assert adapted is images
-        assert changes == []
-    ramp = torch.linspace(0, 1, 8).expand(1, 1, 8, 8)
-    smaller, changes = certify.adapt(ramp, takes[1], 4)
-    assert changes == ["resized from 8×8 to 4×4"]
-    assert smaller.shape == (1, 1, 4, 4)
-    torch.testing.assert_close(smaller[0, 0, :, 1:3], ramp[0, 0, ::2].unflatten(1, (4, 2)).mean(2)[:, 1:3])
 
 
 # --- weights
@@ -409,11 +392,6 @@ def test_torchvision_as_a_command_of_its_own(tmp_path: Path) -> None:
     assert column(content, "severity", "stage")[0] == "conv1"
     assert column(content, "layers", "rank")[-1] == 10
     assert content["provenance"]["commit"] != "unknown"
-
-
-def test_a_torchvision_model_has_the_classes_of_the_data() -> None:
-    model = certify.build("torchvision:squeezenet1_1", 7)
-    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
 
 
 def test_a_wrong_command_line_is_answered_before_anything_heavy_is_imported() -> None:

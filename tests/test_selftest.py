@@ -68,6 +68,35 @@ class Pretending(nn.Module):
         return StraightThrough.apply(x)
 
 
+class Cubed(torch.autograd.Function):
+    """x³ without a forward derivative, its gradient right but for a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, factor):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return ctx.factor * 3 * x**2 * g, None
+
+
+class Cubing(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return Cubed.apply(x, self.factor)
+
+
 def chain(part):
     return seeded(nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), part, nn.Linear(5, 3)))
 
@@ -81,11 +110,17 @@ def chain(part):
         (Summing(), "in stage '1' a sample's output depends on the other samples"),
         (Counting(), "stage '1' writes into its buffers in eval mode"),
         (Pretending(), "the backward pass of stage '1' is not the transpose of its derivative"),
+        (Cubing(1.01), "the backward pass of stage '1' is not the transpose of its derivative"),
     ],
 )
 def test_a_stage_that_cannot_be_answered_for_is_refused_with_the_reason(part, reason):
     with pytest.raises(UserError, match=reason):
         certify(chain(part), normal(3, 1, 4, 4), LABELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_forward_derivative_is_answered_where_its_backward_pass_is_right(dtype):
+    assert len(certify(chain(Cubing(1.0)), normal(3, 1, 4, 4), LABELS, dtype=dtype).rank) == 3
 
 
 def test_what_leaks_is_answered_for_the_batch_as_one():
