@@ -28,7 +28,7 @@ from src.jacobian.structured import dense
 from src.locking import Loss, require_pairs
 from src.measure import Watch, as_trained, measure, own_dtype
 from src.spectrum import weakest
-from src.twin import require_only_watching
+from src.twin import bare, require_only_watching
 
 # the two sides of the bound are compared to this many nats: rounding, far below any slack worth a name
 ROUNDING = 1e-9
@@ -234,7 +234,8 @@ def certify(
     of the other stages but their inputs.
 
     Args:
-        model: an `nn.Sequential` whose children are the stages, or one that torch.fx or torch.export can trace; it stays untouched.
+        model: an `nn.Sequential` whose children are the stages, or one that torch.fx or torch.export can trace; it stays untouched. What
+            torch.compile or data parallelism wraps is certified itself.
         inputs: N inputs H_0, on the model's device.
         targets: N targets.
         loss: ℓ(H_L, y); it is applied to one sample at a time (to the whole batch under batch_norm="train").
@@ -258,7 +259,7 @@ def certify(
     require_pairs(inputs, targets)
     if not inputs.is_floating_point():
         raise UserError(f"certify: inputs of {inputs.dtype} have no derivative; certify the model behind its embedding")
-    inputs = inputs.clone()
+    inputs, model = inputs.clone(), bare(model)
     require_only_watching(model, inputs.detach().to(own_dtype(model, inputs)))
     chain = cut(model, stages, dtype, batch_norm, inputs=inputs)
     trained = as_trained(model, inputs, stages, batch_norm)

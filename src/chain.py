@@ -35,13 +35,19 @@ class Chain:
     def states(self, inputs: Float[Tensor, "n ..."]) -> list[Tensor]:
         """Run the chain and keep H_0 … H_L.
 
-        Raises: UserError when a state is not finite, naming the stage and the sample.
+        Raises: UserError when a stage fails, or a state is not finite, naming the stage and the sample.
         """
         states = [inputs]
         require_finite(inputs, "the input")
         with torch.no_grad():
             for name, stage in zip(self.names, self.stages, strict=True):
-                states.append(stage(states[-1]))
+                try:
+                    states.append(stage(states[-1]))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # of the user's own code
+                    told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.150}"
+                    raise UserError(f"certificate: stage '{name}' fails on its inputs in {inputs.dtype} ({told})") from error
                 require_finite(states[-1], f"stage '{name}'")
         return states
 

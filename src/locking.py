@@ -51,12 +51,25 @@ class ErrorSignal:
 
 
 def loss_signal(loss: Loss, outputs: Float[Tensor, "n ..."], targets: Tensor) -> ErrorSignal:
-    """g_L = ∇_{H_L} ℓ of every sample's own loss, ℓ(H_L, y) of that sample alone."""
+    """g_L = ∇_{H_L} ℓ of every sample's own loss, ℓ(H_L, y) of that sample alone.
+
+    Raises: UserError where the loss does not take such outputs and targets.
+    """
 
     def own(output: Tensor, target: Tensor) -> Tensor:
         return loss(output.unsqueeze(0), target.unsqueeze(0)).sum()
 
-    return ErrorSignal.of(vmap(grad(own))(outputs, targets), outputs.new_zeros(len(outputs)))
+    try:
+        gradients = vmap(grad(own))(outputs, targets)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the user's own code
+        given = f"outputs {'×'.join(map(str, outputs.shape))} and targets {'×'.join(map(str, targets.shape))} of {targets.dtype}"
+        raise UserError(
+            f"certify: the loss fails on {given} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.150}); "
+            "it is given a sample at a time by torch.func.vmap, and may not branch on values"
+        ) from error
+    return ErrorSignal.of(gradients, outputs.new_zeros(len(outputs)))
 
 
 @dataclass(frozen=True)

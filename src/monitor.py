@@ -22,7 +22,7 @@ from src.locking import ErrorSignal, Loss, loss_signal, severities, walk_back
 from src.seeds import generator
 from src.selftest import check_stage
 from src.tracking import ActiveRun
-from src.twin import twin
+from src.twin import bare, require_only_watching, twin
 from src.units import ACTIVATIONS, SATURATED, largest_slope
 
 Log = Callable[[dict[str, float], int], object]
@@ -49,7 +49,7 @@ class LockMonitor:
     - norm: the median σ₁(J_l) of the samples (of two the lower), from below, by a few Golub–Kahan–Lanczos steps from where the last ended,
 
     go to `history` and to the log. What has diverged is inf or NaN. As in `certify`, dropout is off and BatchNorm has its running
-    statistics. The model's own hooks see nothing of it.
+    statistics. The model's own hooks see one pass, on entry, which asks whether they change what it computes, and nothing else.
 
         with LockMonitor(model, inputs, targets) as monitor:
             for images, labels in loader:
@@ -65,7 +65,8 @@ class LockMonitor:
         log: called with {"backlock/<stage>/<quantity>": value} and the step; None: Weights & Biases, where a run is active.
         loss: ℓ(H_L, y); it is applied to one sample at a time.
 
-    Raises: UserError on entry, when the model can't be cut, a stage fails the test of `certify`, or a value is not finite.
+    Raises: UserError on entry, when the model can't be cut, a hook changes what it computes, a stage fails the test of `certify`, or a
+        value is not finite.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LockMonitor:
     ):
         if every < 1:
             raise UserError(f"monitor: every={every}; give a number of steps, at least 1")
-        self.model, self.inputs, self.targets, self.loss = model, inputs, targets, loss
+        self.model, self.inputs, self.targets, self.loss = bare(model), inputs, targets, loss
         self.every, self.log = every, log or ActiveRun()
         self.steps = 0
         self._probe: _Probe | None = None
@@ -145,6 +146,7 @@ class _Probe:
     """
 
     def __init__(self, model: nn.Module, inputs: Float[Tensor, "n ..."], targets: Tensor, loss: Loss, device: torch.device):
+        require_only_watching(model, inputs.detach().to(device, next((weight.dtype for weight in model.parameters()), inputs.dtype)))
         self.twin = twin(model)
         self.inputs, self.targets, self.loss = inputs.detach().to(device, torch.float32), targets.to(device), loss
         self.chain = split(self.twin, None, torch.float32, "eval", self.inputs)

@@ -55,7 +55,7 @@ def check_stage(link: Link, probe: Tensor, direction: Tensor) -> None:
         raise UserError(
             f"certificate: the backward pass of stage '{link.name}' is not the transpose of its derivative "
             f"(⟨Ju,v⟩ and ⟨u,Jᵀv⟩ differ by {float(error.max()):.2g} of their size); look at its custom autograd functions, "
-            "and at what it computes in another precision"
+            "and at what it computes in another precision than dtype"
         )
 
 

@@ -5,11 +5,28 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.random import fork_rng
 
 from src.errors import UserError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and of data parallelism, which compute the same.
+
+    Raises: UserError where it is scripted, or has weights without values.
+    """
+    inner = getattr(model, "_orig_mod", model.module if isinstance(model, nn.DataParallel | DistributedDataParallel) else None)
+    if isinstance(inner, nn.Module):
+        return bare(inner)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(f"{type(model).__name__}: TorchScript can't be taken apart; certify the model that it was made from")
+    if any(is_lazy(parameter) or parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{type(model).__name__}: its weights have no values yet; load them, or run a lazy model once")
+    return model
 
 
 def twin(model: nn.Module) -> nn.Module:

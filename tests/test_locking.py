@@ -154,6 +154,25 @@ def test_a_signal_that_is_not_finite_is_named():
     walk(model, torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
 
 
+def _on_values(output, target):
+    found = torch.nn.functional.cross_entropy(output, target)
+    return found if found > 1 else 2 * found
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "reason"),
+    [
+        (torch.nn.functional.cross_entropy, torch.tensor([0, 1, 7]), "targets 3 of torch.int64 .RuntimeError: index 7 is out of bounds"),
+        (torch.nn.functional.cross_entropy, torch.rand(3), "the loss fails on outputs 3×3 and targets 3 of torch.float32"),
+        (_on_values, torch.tensor([0, 1, 2]), "may not branch on values"),
+    ],
+)
+def test_a_loss_that_fails_is_one_line(loss, targets, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        loss_signal(loss, normal(3, 3), targets)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_loss_whose_gradient_is_not_finite_is_named():
     message = "certificate: the gradient of the loss is not finite at sample 2; look at its weights and inputs there"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

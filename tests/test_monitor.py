@@ -374,22 +374,30 @@ def test_a_buffer_that_a_pass_writes_to_is_the_copys_own():
     assert model[1].calls == 0
 
 
-def test_hooks_that_watch_do_not_see_the_probe_and_torchs_own_count():
+def test_hooks_that_watch_see_one_pass_on_entry_and_torchs_own_count():
     model, seen = seeded(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))), []
     prune.l1_unstructured(model[0], "weight", amount=8)
     for part in model:
         part.register_forward_hook(lambda part, arguments, output: seen.append(part))
         part.register_forward_pre_hook(lambda part, arguments: seen.append(part))
     x = normal(6, 4)
-    with LockMonitor(model, x, LABELS) as monitor:
-        pass
-    assert seen == []
+    with LockMonitor(model, x, LABELS, every=1) as monitor:
+        assert seen == [part for part in model for _ in range(2)]
+        monitor.step()
+    assert len(seen) == 6
     plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with torch.no_grad():
         plain[0].weight.copy_(model[0].weight)
         plain[0].bias.copy_(model[0].bias)
     plain[2].load_state_dict(model[2].state_dict())
-    assert_is_the_certificate(monitor.history, plain, x, LABELS)
+    assert_is_the_certificate(monitor.history.query("step == 0"), plain, x, LABELS)
+
+
+def test_a_hook_that_changes_what_the_model_computes_is_refused():
+    model = dense(4, 5, 3)
+    model[0].register_forward_hook(lambda part, arguments, output: 2 * output)
+    with pytest.raises(UserError, match="a hook changes what it computes"), LockMonitor(model, normal(6, 4), LABELS):
+        pass
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from src.certificate import certify
 from src.errors import UserError
-from src.twin import twin
+from src.twin import bare, twin
 from tests.jacobian.networks import normal, seeded
 
 LABELS = torch.tensor([0, 1, 2])
@@ -80,3 +80,25 @@ def test_torchs_own_hooks_are_part_of_the_model():
     copied = twin(model)
     assert len(copied[0][0]._forward_pre_hooks) == 1
     assert torch.equal(copied(normal(3, 8)), model(normal(3, 8)))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_wrappers_are_taken_off(wrap):
+    model = chain()
+    assert bare(wrap(model)) is model
+    assert certify(wrap(model), normal(3, 8), LABELS).layers["stage"].unique().tolist() == ["0", "1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.jit.trace(chain(), normal(3, 8)), "TorchScript can't be taken apart"),
+        (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), "its weights have no values yet"),
+        (lambda: chain().to("meta"), "its weights have no values yet"),
+    ],
+)
+def test_what_cannot_be_taken_apart_or_has_no_values_is_refused(make, reason):
+    model = make()
+    with pytest.raises(UserError, match=reason):
+        certify(model, normal(3, 8), LABELS)
