@@ -6,14 +6,14 @@ and the accuracy gap against depth, at initialisation and after training; on CIF
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
@@ -28,7 +28,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import Objective, end_to_end
+from src.training.loop import end_to_end
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -259,14 +259,28 @@ def _published_trainings(context: Context) -> Iterator[Row]:
     for model in context.progress(_published(context), "published trainings"):
         for seed in range(context.config.grid.train_seeds):
             name = f"CIFAR net, {model.skip}, depth {model.depth}, seed {seed}"
-            objective = on_augmented(context.generator("augmentation", seed))
+            objective = OnAugmented(context.generator("augmentation", seed))
             outcome = context.train(context.network(model, seed), name, seed, objective, config=as_published(context.config))
             yield from measured({"part": "published", **network_columns(model, seed)}, **outcome.metrics())
 
 
-def on_augmented(generator: torch.Generator) -> Objective:
+@dataclass(frozen=True)
+class OnAugmented:
     """The mean cross-entropy on augmented images, drawn from a generator on the CPU."""
-    return lambda model, images, labels: end_to_end(model, augmented(images, generator), labels)
+
+    generator: torch.Generator
+
+    def __call__(self, model: nn.Module, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of a batch, in nats."""
+        return end_to_end(model, augmented(images, self.generator), labels)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has been drawn."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Draw on from there."""
+        self.generator.set_state(state_dict["generator"])
 
 
 def augmented(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:

@@ -20,6 +20,7 @@ from src.locking import walk_back
 from src.plan import networks_and_steps
 from src.rows import measured, pick
 from src.statistics import slope
+from src.training.loop import Stateful
 from tests.experiments.measured import config, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "residual_unlock"
@@ -147,6 +148,20 @@ def test_the_published_training_is_that_of_the_paper_and_belongs_to_scale_paper(
     assert training.epochs * (50_000 // training.batch_size) == pytest.approx(64_000, rel=0.01)
     with pytest.raises(UserError, match=r"grid.published_depths: among 20, 32, 44, 56, 110"):
         claim.check(config(NAME, "grid.published_depths=[14]"), small_context(NAME).data)
+
+
+def test_augmentation_goes_on_where_it_was() -> None:
+    drawn, kept = (torch.Generator().manual_seed(0) for _ in range(2))
+    images, labels, model = torch.rand(8, 1, 4, 4), torch.arange(8), torch.nn.Flatten()
+    objective = claim.OnAugmented(drawn)
+    assert isinstance(objective, Stateful)
+    first = objective(model, images, labels)
+    state = objective.state_dict()
+    second = objective(model, images, labels)
+    again = claim.OnAugmented(kept)
+    again.load_state_dict(state)
+    assert torch.equal(again(model, images, labels), second)
+    assert not torch.equal(first, second)
 
 
 def test_augmented_images_are_shifted_and_mirrored() -> None:
