@@ -29,6 +29,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import Spectrum, gram_spectrum, spectrum
 from src.statistics import greatest, paired_difference, t_interval
+from src.trainings import train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -90,10 +91,11 @@ def _initial(context: Context) -> Iterator[Row]:
 def _trainings(context: Context) -> Iterator[Row]:
     """The same after a short training."""
     for model in context.progress(_models(context.config), "trainings"):
-        for seed in range(context.config.grid.train_seeds):
-            network = context.network(model, seed)
+        seeds = range(context.config.grid.train_seeds)
+        networks = [context.network(model, seed) for seed in seeds]
+        outcomes = train_all(context, networks, [f"{model.activation}, width {model.width}, seed {seed}" for seed in seeds], seeds)
+        for seed, network, outcome in zip(seeds, networks, outcomes, strict=True):
             where = network_columns(model, seed)
-            outcome = context.train(network, f"{model.activation}, width {model.width}, seed {seed}", seed)
             yield from measured({"part": "training", **where}, **outcome.metrics())
             if outcome.status == "finished":
                 yield from _ranks(context, network, {"when": "trained", **where})

@@ -91,6 +91,7 @@ class TrainingConfig:
     max_steps: Count | None
     schedule: Literal["cosine", "constant"]
     precision: Literal["float32", "tf32", "bf16"]
+    ensemble: Literal["auto"] | Count = "auto"  # how many networks train as one batched network, where an experiment trains several alike
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,0 +1,46 @@
+"""Trainings of one experiment that go on side by side."""
+
+import time
+from collections.abc import Sequence
+
+from torch import nn
+
+from src.config import TrainingConfig
+from src.experiment import Context
+from src.training.loop import Objective, Outcome, end_to_end
+from src.training.together import train_together
+
+
+def train_all(
+    context: Context,
+    networks: Sequence[nn.Module],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    objective: Objective = end_to_end,
+    config: TrainingConfig | None = None,
+) -> list[Outcome]:
+    """Train networks in place as `context.train` would one by one, as many at once as `training.ensemble` says; log their curves.
+
+    Args:
+        context: what the experiment measures with.
+        networks: what is trained.
+        names: of their curves; an ensemble's time is shared equally among them.
+        seeds: of the orders of the images.
+        objective: what each minimises.
+        config: the training, where it is not the configured one.
+    """
+    training = config or context.config.training
+    bar = context.bars.add_task(names[0], total=len(networks) * context.steps(training))
+
+    def stepped(step: int, total: int) -> None:
+        context.tally["steps"] += 1
+        context.bars.advance(bar)
+
+    started = time.monotonic()
+    orders = [context.generator("order", seed) for seed in seeds]
+    outcomes = train_together(networks, context.data, [training] * len(networks), orders, objective, [stepped] * len(networks))
+    context.bars.remove_task(bar)
+    for name, outcome in zip(names, outcomes, strict=True):
+        context.seconds[name] += (time.monotonic() - started) / len(networks)
+        context.tracker.curve(name, outcome.history)
+    return outcomes
