@@ -177,10 +177,14 @@ class Context:
 
         keeper = Training(self.checkpoint, self.tally["trainings"]) if self.checkpoint else None
         outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective, keeper)
+        self.record(name, outcome)
+        return outcome
+
+    def record(self, name: str, outcome: Outcome) -> None:
+        """Count a training that has ended, and show its curves under a name."""
         self.tally.update({"trainings": 1, "steps": outcome.steps})
         self.seconds[name] += outcome.seconds
         self._show("curve", name, outcome.history.to_dict("list"))
-        return outcome
 
 
 def network_columns(model: ModelConfig, seed: int) -> dict[str, object]:

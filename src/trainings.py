@@ -1,6 +1,5 @@
 """Trainings of one experiment that go on side by side."""
 
-import time
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,10 +20,12 @@ def train_all(
 ) -> list[Outcome]:
     """Train networks in place as `context.train` would one by one, as many at once as `training.ensemble` says; log their curves.
 
+    Nothing of them is kept in a checkpoint: a run that was killed meanwhile trains them again.
+
     Args:
         context: what the experiment measures with.
         networks: what is trained.
-        names: of their curves; an ensemble's time is shared equally among them.
+        names: of their curves.
         seeds: of the orders of the images.
         objective: what each minimises.
         config: the training, where it is not the configured one.
@@ -33,14 +34,11 @@ def train_all(
     bar = context.bars.add_task(names[0], total=len(networks) * context.steps(training))
 
     def stepped(step: int, total: int) -> None:
-        context.tally["steps"] += 1
         context.bars.advance(bar)
 
-    started = time.monotonic()
     orders = [context.generator("order", seed) for seed in seeds]
     outcomes = train_together(networks, context.data, [training] * len(networks), orders, objective, [stepped] * len(networks))
     context.bars.remove_task(bar)
     for name, outcome in zip(names, outcomes, strict=True):
-        context.seconds[name] += (time.monotonic() - started) / len(networks)
-        context.tracker.curve(name, outcome.history)
+        context.record(name, outcome)
     return outcomes

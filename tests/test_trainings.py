@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import pandas as pd
 import pytest
 import torch
 
@@ -14,9 +13,9 @@ from tests.experiments.measured import context as small
 
 @dataclass
 class Recording(Silent):
-    curves: dict[str, pd.DataFrame] = field(default_factory=dict)
+    curves: dict[str, dict[str, list]] = field(default_factory=dict)
 
-    def curve(self, name: str, history: pd.DataFrame) -> None:
+    def curve(self, name: str, history: dict[str, list]) -> None:
         self.curves[name] = history
 
 
@@ -37,6 +36,6 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
         torch.testing.assert_close(dict(b.state_dict()), dict(a.state_dict()), rtol=1e-5, atol=1e-5)
     assert together.tally == one_by_one.tally
     assert list(together.tracker.curves) == list(one_by_one.tracker.curves) == names
-    assert all(curve["step"].tolist() == [0, 5] for curve in together.tracker.curves.values())
+    assert all(curve["step"] == [0, 5] for curve in together.tracker.curves.values())
     assert set(together.seconds) == set(names)
     assert min(together.seconds.values()) > 0

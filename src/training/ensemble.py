@@ -6,9 +6,10 @@ product of a step is one batched product. A member keeps to itself its weights, 
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -47,9 +48,10 @@ def train_ensemble(
         generators: one a member, on the CPU; each draws the order of its member's images.
         objective: what each member minimises; called once a step for all of them, so that one that counts its calls counts steps. It may
             neither draw random numbers nor branch on what it computes.
-        observers: one a member, called after every step of its member, whose weights are then up to date.
+        observers: one a member, called after every step of its member, whose weights are then up to date; what it returns, unless None,
+            is seen.
 
-    Returns: how each training ended, in the order of the models.
+    Returns: how each training ended, in the order of the models; the wall time is shared equally.
     Raises: UserError, if a batch is larger than the training set; ValueError for networks that can't train together.
     """
     if reason := unlikeness(models, configs):
@@ -69,6 +71,7 @@ def train_ensemble(
     ]
     for member in members:
         member.look(0, 0.0)
+    seconds, started = 0.0, time.monotonic()
     with tf32(config.precision == "tf32"):
         for step in range(1, total + 1):
             images, labels = _batch(members)
@@ -82,11 +85,13 @@ def train_ensemble(
                 member.observe(step, total)
             due = step % steps_an_epoch == 0 or step == total
             if due or step % CHECK_EVERY == 0:
+                seconds += time.monotonic() - started
                 for member, is_finite in zip(members, stack.are_finite(losses).tolist(), strict=True):
                     if not member.outcome and (due or not is_finite):
                         member.look(step, step / steps_an_epoch)
                     if not member.outcome and (step == total or not is_finite):
-                        member.end("finished" if is_finite else "diverged", step)
+                        member.end("finished" if is_finite else "diverged", step, seconds / len(members))
+                started = time.monotonic()
             if all(member.outcome for member in members):
                 break
     outcomes = {index: cast(Outcome, member.outcome) for index, member in zip(order, members, strict=True)}
@@ -227,6 +232,7 @@ class _Member:
     batches: Iterator[tuple[Tensor, Tensor]]
     observer: Observer | None
     history: list[dict[str, int | float]] = field(default_factory=list)
+    seen: dict[int, Any] = field(default_factory=dict)
     outcome: Outcome | None = None
 
     def look(self, step: int, epoch: float) -> None:
@@ -235,15 +241,15 @@ class _Member:
 
     def observe(self, step: int, total: int) -> None:
         """Let it be looked at, as long as it trains."""
-        if self.observer and not self.outcome:
-            self.observer(step, total)
+        if self.observer and not self.outcome and (seen := self.observer(step, total)) is not None:
+            self.seen[step] = seen
 
-    def end(self, status: Literal["finished", "diverged"], step: int) -> None:
+    def end(self, status: Literal["finished", "diverged"], step: int, seconds: float) -> None:
         """Take it out of the stack, as it is."""
         for tensor in _state(self.model).values():
             tensor.data = tensor.data.clone()
         self.model.eval()
-        self.outcome = Outcome(status, step, pd.DataFrame(self.history))
+        self.outcome = Outcome(status, step, pd.DataFrame(self.history), self.seen, seconds)
 
 
 def _batch(members: Sequence[_Member]) -> tuple[UInt8[Tensor, "m b c h w"], Int64[Tensor, "m b"]]:
