@@ -5,7 +5,6 @@ product of a step is one batched product. A member keeps to itself its weights, 
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -158,8 +157,10 @@ class Stack:
 
     def are_finite(self, losses: Float[Tensor, " m"]) -> Bool[Tensor, " m"]:
         """Whether the loss and every parameter of each member are finite."""
-        largest = [torch.linalg.vector_norm(p.detach().reshape(len(p), -1), math.inf, dim=1) for p in self.parameters.values()]
-        return torch.stack([losses.detach(), *largest]).isfinite().all(0)
+        rows = [parameter.detach().reshape(len(parameter), -1) for parameter in self.parameters.values()]
+        # norms over one axis take ten times as long
+        extremes = [extreme for row in rows for extreme in (row.amax(1), row.amin(1))]
+        return torch.stack([losses.detach(), *extremes]).isfinite().all(0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
