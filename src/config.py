@@ -76,6 +76,7 @@ class DataConfig:
     fallback: Literal["none", "digits"]
     train_size: Count | None
     test_size: Count | None
+    augment: list[Literal["crop", "flip", "cutout"]] = field(default_factory=list)  # of the training images, in this order
 
 
 @dataclass(frozen=True, config=STRICT)

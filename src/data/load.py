@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from src.config import DataConfig
+from src.data.augment import augment
 from src.data.catalogue import CATALOGUE, Source
 from src.data.datasets import read
 from src.data.fetch import fetch
@@ -45,6 +46,7 @@ class Data:
         sha256: of each whole part as loaded ("train", "test"), images then labels, before any subset is taken.
         mean: of each channel over the training images used, pixels scaled to [0, 1].
         std: the same's standard deviation.
+        augment: how a training's batches are augmented, by name.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Data:
     sha256: dict[str, str]
     mean: Float32[Tensor, " c"]
     std: Float32[Tensor, " c"]
+    augment: tuple[str, ...] = ()
 
     @property
     def is_fallback(self) -> bool:
@@ -65,6 +68,10 @@ class Data:
     def standardise(self, images: UInt8[Tensor, "n c h w"]) -> Float32[Tensor, "n c h w"]:
         """Return (x/255 − mean)/std by channel."""
         return images.float().div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    def augmented(self, images: UInt8[Tensor, "n c h w"], order: torch.Generator, step: int) -> UInt8[Tensor, "n c h w"]:
+        """Return the batch of a training's step as configured; what cutout fills in is the mean pixel."""
+        return augment(images, self.augment, self.mean.mul(255).round().to(torch.uint8), order, step) if self.augment else images
 
 
 def load(config: DataConfig, device: torch.device) -> Data:
@@ -96,6 +103,7 @@ def load(config: DataConfig, device: torch.device) -> Data:
         sha256={part: _sha256(split) for part, split in whole.items()},
         mean=mean.to(device),
         std=std.to(device),
+        augment=tuple(config.augment),
     )
 
 

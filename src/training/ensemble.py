@@ -6,7 +6,7 @@ product of a step is one batched product. A member keeps to itself its weights, 
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -44,7 +44,7 @@ def train_ensemble(
         models: alike but for the values of parameters and buffers, no two sharing any.
         data: the images, on the models' device.
         configs: one a member; optimizer, lr, momentum, weight_decay and schedule may differ.
-        generators: one a member, on the CPU; each draws the order of its member's images.
+        generators: one a member, on the CPU; each draws the order of its member's images, its seed decides how they are augmented.
         objective: what each member minimises; called once a step for all of them, so that one that counts its calls counts steps. It may
             neither draw random numbers nor branch on what it computes.
         observers: one a member, called after every step of its member, whose weights are then up to date; what it returns, unless None,
@@ -65,7 +65,7 @@ def train_ensemble(
     stack = Stack([models[index] for index in order], objective)
     slices = _slices(stack, [configs[index] for index in order], total)
     members = [
-        _Member(models[index], data, schedule, batches(data.train, size, generators[index]), observers[index] if observers else None)
+        _Member(models[index], data, size, schedule, generators[index], observers[index] if observers else None)
         for index, schedule in zip(order, (part.schedule for part in slices for _ in range(part.count)), strict=True)
     ]
     for member in members:
@@ -73,7 +73,7 @@ def train_ensemble(
     seconds, started = 0.0, time.monotonic()
     with tf32(config.precision == "tf32"):
         for step in range(1, total + 1):
-            images, labels = _batch(members)
+            images, labels = _batch(members, step)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 losses = stack.losses(stack.prepared(data, images), labels)
             losses.sum().backward()
@@ -229,12 +229,21 @@ class _Member:
 
     model: nn.Module
     data: Data
+    size: int
     schedule: LRScheduler
-    batches: Iterator[tuple[Tensor, Tensor]]
+    order: torch.Generator
     observer: Observer | None
     history: list[dict[str, int | float]] = field(default_factory=list)
     seen: dict[int, Any] = field(default_factory=dict)
     outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        self.batches = batches(self.data.train, self.size, self.order)
+
+    def batch(self, step: int) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]:
+        """The images and labels of a step."""
+        images, labels = next(self.batches)
+        return self.data.augmented(images, self.order, step), labels
 
     def look(self, step: int, epoch: float) -> None:
         """Evaluate the member."""
@@ -253,7 +262,7 @@ class _Member:
         self.outcome = Outcome(status, step, pd.DataFrame(self.history), self.seen, seconds)
 
 
-def _batch(members: Sequence[_Member]) -> tuple[UInt8[Tensor, "m b c h w"], Int64[Tensor, "m b"]]:
+def _batch(members: Sequence[_Member], step: int) -> tuple[UInt8[Tensor, "m b c h w"], Int64[Tensor, "m b"]]:
     """The next batch of every member."""
-    images, labels = zip(*(next(member.batches) for member in members), strict=True)
+    images, labels = zip(*(member.batch(step) for member in members), strict=True)
     return torch.stack(images), torch.stack(labels)

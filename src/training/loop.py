@@ -101,7 +101,7 @@ def train(
         model: maps standardised images to logits, in the dtype of its parameters.
         data: the images, on the model's device; an epoch is one pass over the training images, the last partial batch dropped.
         config: optimiser, schedule, length and arithmetic.
-        generator: on the CPU; draws one permutation of the training images an epoch.
+        generator: on the CPU; draws one permutation of the training images an epoch. Its seed decides how they are augmented.
         on_step: called after every step with the steps done and the steps in all; it may change the model's mode, not its parameters.
             What it returns, unless None, is seen: tensors and plain values.
         objective: what is minimised. Parameters that it leaves without a gradient stay as they are. One that remembers anything
@@ -128,7 +128,7 @@ def train(
             if not all(module.training for module in modules):
                 model.train()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = objective(model, _prepared(model, data, images), labels)
+                loss = objective(model, _prepared(model, data, data.augmented(images, generator, step)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -218,6 +218,18 @@ def test_members_are_left_in_eval_mode_with_tensors_of_their_own() -> None:
     assert all(a is b for before, model in zip(held, models, strict=True) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_members_see_their_own_augmented_images() -> None:
+    data = replace(images(8), augment=("crop", "flip", "cutout"))
+    short = [replace(SGD, epochs=1)] * 3
+    models = chains(data)
+    alone, plain = copy.deepcopy(models), copy.deepcopy(models)
+    expected = one_by_one(alone, data, short, lambda: end_to_end)
+    outcomes = together(models, data, short)
+    assert_alike(models, alone, outcomes, expected)
+    with pytest.raises(AssertionError):
+        assert_alike(models, plain, outcomes, one_by_one(plain, replace(data, augment=()), short, lambda: end_to_end))
+
+
 def test_bf16_rounds_as_it_does_alone() -> None:
     data, models = images(3), chains(images(3))
     start, alone = copy.deepcopy(models), copy.deepcopy(models)
