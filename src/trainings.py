@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from src.checkpoint import Training
 from src.config import TrainingConfig
 from src.experiment import Context
 from src.training.loop import Objective, Outcome, end_to_end
@@ -20,8 +21,6 @@ def train_all(
 ) -> list[Outcome]:
     """Train networks in place as `context.train` would one by one, as many at once as `training.ensemble` says; log their curves.
 
-    Nothing of them is kept in a checkpoint: a run that was killed meanwhile trains them again.
-
     Args:
         context: what the experiment measures with.
         networks: what is trained.
@@ -36,8 +35,10 @@ def train_all(
     def stepped(step: int, total: int) -> None:
         context.bars.advance(bar)
 
+    checkpoint, done = context.checkpoint, context.tally["trainings"]
+    keepers = (lambda index: Training(checkpoint, done + index)) if checkpoint else None
     orders = [context.generator("order", seed) for seed in seeds]
-    outcomes = train_together(networks, context.data, [training] * len(networks), orders, objective, [stepped] * len(networks))
+    outcomes = train_together(networks, context.data, [training] * len(networks), orders, objective, [stepped] * len(networks), keepers)
     context.bars.remove_task(bar)
     for name, outcome in zip(names, outcomes, strict=True):
         context.record(name, outcome)

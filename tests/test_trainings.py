@@ -1,10 +1,12 @@
 """Trainings side by side do for an experiment what `context.train` does one by one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from src.checkpoint import Checkpoint
 from src.experiment import Context
 from src.tracking import Silent
 from src.trainings import train_all
@@ -39,3 +41,21 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
     assert all(curve["step"] == [0, 5] for curve in together.tracker.curves.values())
     assert set(together.seconds) == set(names)
     assert min(together.seconds.values()) > 0
+
+
+def test_they_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    def trained(folder: Path | None) -> tuple[list[dict[str, torch.Tensor]], Context]:
+        context = replace(lab(2), checkpoint=Checkpoint(folder, {}) if folder else None)
+        networks = [context.network(context.config.model, seed) for seed in range(3)]
+        train_all(context, networks, [f"seed {seed}" for seed in range(3)], range(3))
+        return [dict(network.state_dict()) for network in networks], context
+
+    truth, _ = trained(None)
+    _, context = trained(tmp_path)
+    context.checkpoint.write()
+    assert len(list(tmp_path.glob("training-*"))) == 2  # of one network, and of an ensemble of two
+    again, resumed = trained(tmp_path)
+    assert resumed.seconds == context.seconds  # nothing was done again
+    assert resumed.tally["steps"] == context.tally["steps"] == 15
+    for network, other in zip(again, truth, strict=True):
+        torch.testing.assert_close(network, other, rtol=0, atol=0)

@@ -7,7 +7,7 @@ product of a step is one batched product. A member keeps to itself its weights, 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.config import TrainingConfig
 from src.data.load import Data
 from src.errors import UserError
-from src.training.loop import CHECK_EVERY, Objective, Outcome, _row, batches, end_to_end, planned_steps
+from src.training.loop import CHECK_EVERY, Keeper, Objective, Outcome, Stateful, _row, batches, end_to_end, planned_steps
 from src.training.optimizer import build_optimizer, build_schedule
 from src.training.precision import tf32
 
@@ -35,6 +35,7 @@ def train_ensemble(
     generators: Sequence[torch.Generator],
     objective: Objective = end_to_end,
     observers: Sequence[Observer | None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Outcome]:
     """Train all members at once and in place, each as `train` would up to rounding; they are left in eval mode.
 
@@ -49,6 +50,7 @@ def train_ensemble(
             neither draw random numbers nor branch on what it computes.
         observers: one a member, called after every step of its member, whose weights are then up to date; what it returns, unless None,
             is seen.
+        keeper: where the whole ensemble is kept; nowhere by default. It goes on bit for bit.
 
     Returns: how each training ended, in the order of the models; the wall time is shared equally.
     Raises: UserError, if a batch is larger than the training set; ValueError for networks that can't train together.
@@ -65,14 +67,18 @@ def train_ensemble(
     stack = Stack([models[index] for index in order], objective)
     slices = _slices(stack, [configs[index] for index in order], total)
     members = [
-        _Member(models[index], data, size, schedule, generators[index], observers[index] if observers else None)
+        _Member(models[index], data, schedule, generators[index], observers[index] if observers else None)
         for index, schedule in zip(order, (part.schedule for part in slices for _ in range(part.count)), strict=True)
     ]
+    parts = _parts(members, slices, objective)
+    kept, seconds = _resumed(parts, members, keeper)
     for member in members:
-        member.look(0, 0.0)
-    seconds, started = 0.0, time.monotonic()
+        member.begin(size, kept)
+    started = time.monotonic() - seconds
     with tf32(config.precision == "tf32"):
-        for step in range(1, total + 1):
+        for step in range(kept + 1, total + 1):
+            if not any(member.trains for member in members):
+                break
             images, labels = _batch(members, step)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 losses = stack.losses(stack.prepared(data, images), labels)
@@ -84,16 +90,16 @@ def train_ensemble(
                 member.observe(step, total)
             due = step % steps_an_epoch == 0 or step == total
             if due or step % CHECK_EVERY == 0:
-                seconds += time.monotonic() - started
+                seconds = time.monotonic() - started
                 for member, is_finite in zip(members, stack.are_finite(losses).tolist(), strict=True):
-                    if not member.outcome and (due or not is_finite):
+                    if member.trains and (due or not is_finite):
                         member.look(step, step / steps_an_epoch)
-                    if not member.outcome and (step == total or not is_finite):
+                    if member.trains and (step == total or not is_finite):
                         member.end("finished" if is_finite else "diverged", step, seconds / len(members))
-                started = time.monotonic()
-            if all(member.outcome for member in members):
-                break
-    outcomes = {index: cast(Outcome, member.outcome) for index, member in zip(order, members, strict=True)}
+                started = time.monotonic() - seconds
+            if keeper and (keeper.due or not any(member.trains for member in members)):
+                keeper.keep(_kept(parts, members, step, time.monotonic() - started))
+    outcomes = {index: member.outcome() for index, member in zip(order, members, strict=True)}
     return [outcomes[index] for index in range(len(models))]
 
 
@@ -224,21 +230,39 @@ def _slices(stack: Stack, configs: Sequence[TrainingConfig], steps: int) -> list
 
 
 @dataclass
+class _Course:
+    """How far a member has come: its evaluations, what was seen by steps done, and how, when and in which time it ended."""
+
+    history: list[dict[str, int | float]] = field(default_factory=list)
+    seen: dict[int, Any] = field(default_factory=dict)
+    status: Literal["finished", "diverged"] | None = None
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class _Member:
-    """One network: what is known of its training so far; `outcome` when it has ended."""
+    """One network and its own part of the training."""
 
     model: nn.Module
     data: Data
-    size: int
     schedule: LRScheduler
     order: torch.Generator
     observer: Observer | None
-    history: list[dict[str, int | float]] = field(default_factory=list)
-    seen: dict[int, Any] = field(default_factory=dict)
-    outcome: Outcome | None = None
+    course: _Course = field(default_factory=_Course)
 
-    def __post_init__(self) -> None:
-        self.batches = batches(self.data.train, self.size, self.order)
+    @property
+    def trains(self) -> bool:
+        """Whether it has not ended."""
+        return self.course.status is None
+
+    def begin(self, size: int, passed: int) -> None:
+        """Make its batches ready, of which so many were passed."""
+        self.batches = batches(self.data.train, size, self.order, passed)
+        if not self.course.history:
+            self.look(0, 0.0)
+        if not self.trains:
+            self.release()
 
     def batch(self, step: int) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]:
         """The images and labels of a step."""
@@ -246,23 +270,57 @@ class _Member:
         return self.data.augmented(images, self.order, step), labels
 
     def look(self, step: int, epoch: float) -> None:
-        """Evaluate the member."""
-        self.history.append(_row(self.model, self.data, self.schedule, step, epoch))
+        """Evaluate it."""
+        self.course.history.append(_row(self.model, self.data, self.schedule, step, epoch))
 
     def observe(self, step: int, total: int) -> None:
         """Let it be looked at, as long as it trains."""
-        if self.observer and not self.outcome and (seen := self.observer(step, total)) is not None:
-            self.seen[step] = seen
+        if self.observer and self.trains and (seen := self.observer(step, total)) is not None:
+            self.course.seen[step] = seen
 
     def end(self, status: Literal["finished", "diverged"], step: int, seconds: float) -> None:
+        """It has ended."""
+        self.course = replace(self.course, status=status, steps=step, seconds=seconds)
+        self.release()
+
+    def release(self) -> None:
         """Take it out of the stack, as it is."""
         for tensor in _state(self.model).values():
             tensor.data = tensor.data.clone()
         self.model.eval()
-        self.outcome = Outcome(status, step, pd.DataFrame(self.history), self.seen, seconds)
+
+    def outcome(self) -> Outcome:
+        """How it ended."""
+        course = self.course
+        return Outcome(cast(Any, course.status), course.steps, pd.DataFrame(course.history), course.seen, course.seconds)
 
 
 def _batch(members: Sequence[_Member], step: int) -> tuple[UInt8[Tensor, "m b c h w"], Int64[Tensor, "m b"]]:
     """The next batch of every member."""
     images, labels = zip(*(member.batch(step) for member in members), strict=True)
     return torch.stack(images), torch.stack(labels)
+
+
+def _parts(members: Sequence[_Member], slices: Sequence[_Slice], objective: Objective) -> dict[str, Stateful]:
+    """All that remembers something from step to step."""
+    parts: dict[str, Stateful] = {f"model{index}": member.model for index, member in enumerate(members)}
+    for index, part in enumerate(slices):
+        parts |= {f"optimizer{index}": part.optimizer, f"schedule{index}": part.schedule}
+    return {**parts, "objective": objective} if isinstance(objective, Stateful) else parts
+
+
+def _kept(parts: dict[str, Stateful], members: Sequence[_Member], steps: int, seconds: float) -> dict[str, Any]:
+    courses = [vars(member.course) for member in members]
+    return {"steps": steps, "seconds": seconds, "courses": courses, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def _resumed(parts: dict[str, Stateful], members: Sequence[_Member], keeper: Keeper | None) -> tuple[int, float]:
+    """Put an ensemble into the state that it was kept in, if it was; the steps and the wall time that it had."""
+    kept = keeper.load() if keeper else None
+    if kept is None:
+        return 0, 0.0
+    for name, part in parts.items():
+        part.load_state_dict(kept[name])
+    for member, course in zip(members, kept["courses"], strict=True):
+        member.course = _Course(**course)
+    return kept["steps"], kept["seconds"]

