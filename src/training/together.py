@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # `auto` asks neither for free memory nor for times: one command has one width, whatever else the machine does
 MEMORY = {"cpu": 2**30, "cuda": 8 * 2**30}  # bytes that an ensemble may take
-# On a CPU, as `python -m tests.training.benchmark --widths` measured it: fewer networks or longer products gain nothing by batching
+# On a CPU, as `python -m tests.training.benchmark --only widths` measures it: fewer networks or longer products gain nothing by batching
 FEWEST = 4
 LONGEST = 2_000_000  # multiplications of a dense layer on a batch, mean over layers
 

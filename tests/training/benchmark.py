@@ -32,7 +32,7 @@ from torchvision import datasets, transforms
 
 from src.config import DataConfig, ModelConfig, TrainingConfig
 from src.data.files import data_root
-from src.data.load import Data, load
+from src.data.load import Data, Split, load
 from src.models import build
 from src.training.ensemble import train_ensemble
 from src.training.loop import Outcome, lasting, train
@@ -179,20 +179,20 @@ def seeds(data: Data, turns: int) -> Iterator[Timing]:
 
 
 def widths(data: Data, turns: int) -> Iterator[Timing]:
-    """Ensembles of many kinds against our loop."""
-    dense = [
-        (f"MLP {depth} × {width}", replace(MLP, depth=depth, width=width))
-        for depth, width in ((10, 16), (10, 64), (50, 64), (10, 128), (10, 256), (10, 512))
-    ]
-    normalised = [(f"MLP 10 × 64, {norm} norm", replace(MLP, norm=norm)) for norm in ("batch", "layer")]
-    for name, model in [*dense, *normalised]:
-        for count in (2, 3, 4, 10, 30) if (model.depth, model.width, model.norm) == (10, 64, "none") else (10,):
-            contenders = {"ensemble": partial(ensemble, model, data, count, 20), "our loop": partial(loop, model, data, 3, 20)}
-            yield from take_turns(f"{count} of {name}", contenders, turns, products(model, data))
-    for family, width in (("vgg", 8), ("cifar", 8)):
-        model = replace(MLP, family=family, depth=8, width=width, norm="batch")
-        contenders = {"ensemble": partial(ensemble, model, data, 4, 2), "our loop": partial(loop, model, data, 1, 2)}
-        yield from take_turns(f"4 of {family}, {width} channels", contenders, turns, float("nan"))
+    """Ensembles of many kinds against our loop, over one short epoch."""
+    steps, short = 10, replace(data, train=Split(data.train.images[: 10 * BATCH], data.train.labels[: 10 * BATCH]))
+    shapes = [(10, 16), (10, 64), (50, 64), (10, 128), (10, 256), (10, 512)]
+    dense = {f"MLP {depth} × {width}": replace(MLP, depth=depth, width=width) for depth, width in shapes}
+    normalised = {f"MLP 10 × 64, {norm} norm": replace(MLP, norm=norm) for norm in ("batch", "layer")}
+    settings = [(SEEDS, name, model) for name, model in {**dense, **normalised}.items()]
+    settings += [(count, "MLP 10 × 64", MLP) for count in (2, 3, 4, 30)]
+    for count, name, model in settings:
+        contenders = {"ensemble": partial(ensemble, model, short, count, steps), "our loop": partial(loop, model, short, 3, steps)}
+        yield from take_turns(f"{count} of {name}", contenders, turns, products(model, data))
+    for family in ("vgg", "cifar"):
+        model = replace(MLP, family=family, depth=8, width=8, norm="batch")
+        contenders = {"ensemble": partial(ensemble, model, short, 4, 2), "our loop": partial(loop, model, short, 1, 2)}
+        yield from take_turns(f"4 of {family}, 8 channels", contenders, turns, float("nan"))
 
 
 CASES = {"seeds": seeds, "widths": widths}
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=list(dict.fromkeys([1, os.cpu_count() or 1])))
     options = parser.parse_args()
     data = load(MNIST, torch.device("cpu"))
-    few = replace(data, test=replace(data.test, images=data.test.images[:100], labels=data.test.labels[:100]))  # evaluations aren't timed
+    few = replace(data, test=Split(data.test.images[:100], data.test.labels[:100]))  # evaluations aren't timed
     timings = []
     for threads in options.threads:
         torch.set_num_threads(threads)
