@@ -1,112 +1,67 @@
-"""Draw figures and tables from rows: `python -m paper_figures [NAME ...] [--results DIR] [--out DIR]`.
+"""Draw figures and tables from rows: `python -m paper_figures [NAME ...] [--results DIR] [--out DIR] [--mixed]`.
 
-The newest finished run of each experiment is drawn; where there is none, the committed reference rows. `ledger` prints the verdicts on
-every form of every claim.
-Exit code 1 when something could not be drawn, 2 for a name that does not exist.
+    python -m paper_figures                 draws all of them, and a page that shows them, from the newest finished run of each
+                                            experiment, else from the committed reference rows; never trains
+    python -m paper_figures ledger          the verdict on every form of every claim
+    python -m paper_figures --check         holds the runs under --results against the reference
+    python -m paper_figures wandb           holds what W&B's offline runs hold against the run folders
+
+Exit code 1 when something could not be drawn, is not reproduced or differs, 2 for what the user can mend.
 """
 
 import argparse
 import difflib
-import importlib
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-from rich.console import Console
-
-from paper_figures.ledger import ledger, to_table
-from paper_figures.style import to_bytes
-from src import rows as row_table
+from paper_figures import drawing
+from paper_figures.products import NAMES
+from paper_figures.sources import HERE, Shelf
 from src.errors import UserError
-from src.results import write_atomically
-
-HERE = Path(__file__).parent
-FIGURES = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in ("__init__", "__main__", "ledger", "style"))
-NAMES = [*FIGURES, "ledger"]
 
 
 def main() -> int:
     """Answer the command line; return the exit code."""
+    asked = _parser().parse_args()
+    shelf = Shelf(asked.results, HERE / "reference")
+    try:
+        if asked.check:
+            from paper_figures.check import show_check
+
+            return show_check(shelf, asked.names, asked.out)
+        if asked.names == ["wandb"]:
+            from paper_figures.mirror import show_mirror
+
+            return show_mirror(asked.results, asked.out)
+        _refuse_unknown(asked.names)
+        everything = not asked.names or "page" in asked.names
+        names = NAMES if everything else asked.names
+        return drawing.draw_all(names, shelf, asked.out, asked.mixed, page=everything)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw figures and tables from rows.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)}; all of them when none is given")
+    known = f"one of {', '.join(NAMES)}, page or wandb; all of them and the page when none is given"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder (default: results)")
     parser.add_argument("--out", type=Path, default=HERE / "output", help="where to write (default: paper_figures/output)")
-    arguments = parser.parse_args()
-    for name in arguments.names:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+    parser.add_argument("--mixed", action="store_true", help="draw a figure though its rows mix commits, data sets or scales, and say so")
+    parser.add_argument("--check", action="store_true", help="compare the verdicts under --results with the reference, form by form")
+    return parser
+
+
+def _refuse_unknown(names: list[str]) -> None:
+    known = [*NAMES, "page", "wandb"]
+    for name in names:
+        if name == "wandb":
+            raise UserError("wandb stands alone: python -m paper_figures wandb [--results DIR]")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}? " if near else ""
-            print(f"error: no figure '{name}'; {hint}there are {', '.join(NAMES)}", file=sys.stderr)
-            return 2
-    failures = 0
-    for name in arguments.names or NAMES:
-        try:
-            if name == "ledger":
-                show_ledger(arguments.results, arguments.out)
-                continue
-            source = newest_rows(name, arguments.results)
-            for file in draw(name, read(name, source), arguments.out):
-                print(f"{file}  ←  {source}")
-        except (UserError, OSError) as error:
-            failures += 1
-            print(f"error: {name}: {error}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def newest_rows(name: str, results: Path) -> Path:
-    """The rows of an experiment's newest finished run, else the committed reference.
-
-    Raises: UserError when there are neither.
-    """
-    runs = row_table.finished_runs(results, name)
-    reference = HERE / "reference" / f"{name}.parquet"
-    if not runs and not reference.exists():
-        raise UserError(f"no finished run under {results} and no reference rows; run python -m src.run experiment={name}")
-    return runs[-1] / "rows.parquet" if runs else reference
-
-
-def read(name: str, source: Path) -> pd.DataFrame:
-    """The rows of an experiment from a file.
-
-    Raises: UserError when the file is damaged, or holds none or another experiment's.
-    """
-    rows = row_table.read(source)
-    if set(rows["experiment"]) != {name}:
-        raise UserError(f"{source}: not the rows of {name}; run python -m src.run experiment={name} with force=true")
-    return rows
-
-
-def draw(name: str, rows: pd.DataFrame, out: Path) -> list[Path]:
-    """Write one figure as PDF and PNG and its table as LaTeX, Markdown and CSV; return the files."""
-    module = importlib.import_module(f"paper_figures.{name}")
-    figure = module.draw(rows)
-    return _write(name, {"pdf": to_bytes(figure, "pdf"), "png": to_bytes(figure, "png"), **_as_text(module.table(rows))}, out)
-
-
-def show_ledger(results: Path, out: Path) -> None:
-    """Print the ledger; write it as LaTeX, Markdown and CSV."""
-    lines = ledger(results, HERE / "reference")
-    Console(width=None if sys.stdout.isatty() else 200).print(to_table(lines))
-    for file in _write("ledger", _as_text(lines), out):
-        print(file)
-
-
-def _as_text(table: pd.DataFrame) -> dict[str, str]:
-    """A table in its formats, by the ending of the file."""
-    return {
-        "tex": table.style.hide(axis="index").format(precision=4, escape="latex").to_latex(hrules=True),
-        "md": table.to_markdown(index=False, floatfmt=".4g") + "\n",
-        "csv": table.to_csv(index=False),
-    }
-
-
-def _write(name: str, contents: Mapping[str, bytes | str], out: Path) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{name}.{kind}" for kind in contents]
-    for file, content in zip(files, contents.values(), strict=True):
-        write_atomically(file, content)
-    return files
+            raise UserError(f"no figure or table '{name}'; {hint}there are {', '.join(known)}")
 
 
 if __name__ == "__main__":

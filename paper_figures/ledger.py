@@ -1,17 +1,14 @@
 """The ledger: every form of every claim, its verdict and evidence, and the command that reruns it."""
 
-import json
-from pathlib import Path
-
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from paper_figures.sidecar import Product, tabular
+from paper_figures.sources import EXPERIMENTS, Shelf, Source
 from paper_figures.style import criteria
-from src import rows as row_table
 from src.errors import UserError
-from src.run import CONF
-from src.verdict import COLOURS, Verdict, phrase
+from src.verdict import COLOURS, phrase
 
 COLUMNS = [
     "claim",
@@ -28,63 +25,68 @@ COLUMNS = [
     "data",
     "scale",
     "seed",
+    "commit",
     "command",
 ]
 
 
-def ledger(results: Path, reference: Path) -> pd.DataFrame:
+def product(shelf: Shelf, mixed: bool) -> Product:
+    """The ledger as LaTeX, Markdown and CSV; each line says which run it is of, whatever others are."""
+    lines, sources, complaints = ledger(shelf)
+    return Product(tabular(lines), sources, complaints)
+
+
+def ledger(shelf: Shelf) -> tuple[pd.DataFrame, list[tuple[Source, pd.DataFrame]], list[str]]:
     """A line a form and data set: of the newest finished run on each data set, else of the committed rows, else marked as not measured.
 
-    Args:
-        results: the results folder.
-        reference: the folder of the committed rows and verdicts.
-
-    Raises: UserError naming a file that is damaged.
+    Returns: the lines, the runs they are of with their rows, and a complaint for each file that is damaged.
     """
     lines: list[dict[str, object]] = []
-    for experiment in sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")):
-        runs = {folder.parts[-3]: folder for folder in row_table.finished_runs(results, experiment)}  # the newest last
-        sources = [(folder / "rows.parquet", folder / "verdicts.json") for _, folder in sorted(runs.items())]
-        committed = reference / f"{experiment}.parquet", reference / f"{experiment}.json"
-        if not sources and committed[1].exists():
-            sources = [committed]
-        for rows, verdicts in sources:
-            lines += _measured(rows, verdicts)
-        if not sources:
-            lines += _unmeasured(experiment)
-    return pd.DataFrame(lines, columns=COLUMNS)
+    sources: list[tuple[Source, pd.DataFrame]] = []
+    complaints: list[str] = []
+    for experiment in EXPERIMENTS:
+        found = []
+        for source in shelf.each(experiment):
+            try:
+                rows = source.read()
+                found += measured(source, rows)
+                sources.append((source, rows))
+            except UserError as error:
+                complaints.append(str(error))
+        lines += found or _unmeasured(experiment)
+    return pd.DataFrame(lines, columns=COLUMNS), sources, complaints
 
 
-def _measured(rows: Path, verdicts: Path) -> list[dict[str, object]]:
-    run = row_table.read(rows).iloc[0]
-    where = {"data": run["data"], "scale": run["scale"], "seed": int(run["root_seed"])}
+def command(rows: pd.DataFrame) -> str:
+    """The command that makes the run of these rows again."""
+    run = rows.iloc[0]
+    return f"python -m src.run experiment={run['experiment']} data={run['data_requested']} scale={run['scale']} seed={run['root_seed']}"
+
+
+def measured(source: Source, rows: pd.DataFrame) -> list[dict[str, object]]:
+    """The lines of one run."""
+    run = rows.iloc[0]
+    where = {"data": run["data"], "scale": run["scale"], "seed": int(run["root_seed"]), "commit": run["commit"][:7]}
     if run["fallback"]:
         where["data"] = f"{run['data']} in place of {run['data_requested']}"
-    command = f"python -m src.run experiment={run['experiment']} data={run['data_requested']} scale={run['scale']} seed={run['root_seed']}"
-    try:
-        entries = [Verdict.of(entry) for entry in json.loads(verdicts.read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{verdicts}: missing or damaged; run the experiment again with force=true") from error
+    columns = ("claim", "form", "statement", "verdict", "condition", "estimate", "n", "evidence")
     return [
         {
-            **{
-                column: getattr(entry, column)
-                for column in ("claim", "form", "statement", "verdict", "condition", "estimate", "n", "evidence")
-            },
+            **{column: getattr(entry, column) for column in columns},
             "amended": "; ".join(entry.amended),
             "lo": entry.interval[0],
             "hi": entry.interval[1],
-            "command": command,
+            "command": command(rows),
             **where,
         }
-        for entry in entries
+        for entry in source.judged()
     ]
 
 
 def _unmeasured(experiment: str) -> list[dict[str, object]]:
-    command = f"python -m src.run experiment={experiment}"
+    again = f"python -m src.run experiment={experiment}"
     return [
-        {"claim": f"{experiment}/{name}", "form": form.form, "statement": form.statement, "verdict": "not measured", "command": command}
+        {"claim": f"{experiment}/{name}", "form": form.form, "statement": form.statement, "verdict": "not measured", "command": again}
         for name, form in criteria(experiment).items()
     ]
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from paper_figures.sources import mixture
 from src.run import CONF
 from src.statistics import t_interval
 
@@ -57,7 +58,8 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Itera
         for axis in axes[count:]:
             axis.remove()
         sns.despine(fig=figure)
-        figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if rows["fallback"].any() else "0.4", x=0.99, ha="right")
+        alarming = rows["fallback"].any() or mixture([rows])
+        figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
 
 
 def title(axis: Axes, text: str) -> None:
@@ -68,9 +70,20 @@ def title(axis: Axes, text: str) -> None:
 def origin(rows: pd.DataFrame) -> str:
     """Where rows come from, in one line."""
     first = rows.iloc[0]
-    images = f"{first['data']}, {first['train_images']:,} training images"
-    where = f"{images}, scale={first['scale']}, seed {first['root_seed']}, run {first['run']}"
-    return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if first["fallback"] else where
+    images, seeds, runs = (_span(rows[column]) for column in ("train_images", "root_seed", "run"))
+    where = f"{_span(rows['data'])}, {images} training images, scale={_span(rows['scale'])}, seed {seeds}, "
+    where += f"run {runs}" if rows["run"].nunique() == 1 else f"{rows['run'].nunique()} runs"
+    if told := mixture([rows]):
+        where = f"MIXED {told} — {where}"
+    return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if rows["fallback"].any() else where
+
+
+def _span(values: pd.Series) -> str:
+    """The one value there is, or all of them; numbers from the least to the greatest."""
+    found = sorted(values.unique())
+    if isinstance(found[0], str):
+        return ", ".join(found)
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
 
 
 def criteria(experiment: str) -> Any:

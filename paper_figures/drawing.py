@@ -1,0 +1,84 @@
+"""Drawing many figures and tables, in as many processes as there are cores; one that fails is told and leaves the others alone."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+
+from paper_figures.ledger import ledger, to_table
+from paper_figures.products import produce
+from paper_figures.sidecar import shown, write
+from paper_figures.sources import Shelf
+from src import code
+from src.errors import UserError
+
+DEFAULT = Path("results")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came of one name: its files, the rows they are drawn from, and what went wrong, a line each."""
+
+    name: str
+    files: Sequence[Path]
+    rows: Sequence[Path]
+    complaints: Sequence[str]
+
+
+def draw_all(names: Sequence[str], shelf: Shelf, out: Path, mixed: bool, page: bool) -> int:
+    """Draw what is named, telling each file and each fault in a line; return the exit code.
+
+    Args:
+        names: of products.NAMES.
+        shelf: where rows are looked for.
+        out: the folder to write to.
+        mixed: whether rows of several commits, data sets or scales may stand in one figure.
+        page: whether to make index.html of it.
+    """
+    failures = 0
+    for drawn in _each(names, partial(_draw, shelf=shelf, out=out, mixed=mixed, revision=code.commit())):
+        sources = f"  ←  {', '.join(map(str, drawn.rows))}" if len(drawn.rows) == 1 else f"  ←  {len(drawn.rows)} tables of rows"
+        for file in drawn.files:
+            print(f"{file}{sources}", flush=True)
+        for complaint in drawn.complaints:
+            failures += 1
+            print(f"error: {drawn.name}: {' '.join(complaint.split())}", file=sys.stderr, flush=True)
+    if list(names) == ["ledger"]:
+        Console(width=None if sys.stdout.isatty() else 200).print(to_table(ledger(shelf)[0]))
+    if page:
+        from paper_figures.page import write_page
+
+        print(write_page(shelf, out))
+    return 1 if failures else 0
+
+
+def workers(count: int) -> int:
+    """Processes for so many things to draw."""
+    return min(count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _each(names: Sequence[str], draw: partial) -> Iterator[Drawn]:
+    """What comes of each name, in order."""
+    if (processes := workers(len(names))) == 1:
+        yield from map(draw, names)
+        return
+    # spawned: a fork would take over the threads of the libraries that read the rows
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(draw, names)
+
+
+def _draw(name: str, shelf: Shelf, out: Path, mixed: bool, revision: dict[str, object]) -> Drawn:
+    again = ["python -m paper_figures", name, *([f"--results {shown(shelf.results)}"] if shelf.results != DEFAULT else [])]
+    command = " ".join([*again, *(["--mixed"] if mixed else [])])
+    try:
+        product = produce(name, shelf, mixed)
+        files = write(name, product, out, command, revision)
+    except (UserError, OSError) as error:
+        return Drawn(name, [], [], [str(error)])
+    return Drawn(name, files, [source.rows for source, _ in product.sources], product.complaints)

@@ -1,0 +1,86 @@
+"""Writing what is drawn, with a sidecar NAME.json that says from what: rows, config, code, command."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from paper_figures.sources import Source
+from src.code import ROOT
+from src.results import write_atomically
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is drawn under one name.
+
+    Attributes:
+        contents: the content of each file by its ending.
+        sources: the runs it is drawn from, each with its rows.
+        complaints: what could not be taken into it, a line each.
+    """
+
+    contents: Mapping[str, bytes | str]
+    sources: Sequence[tuple[Source, pd.DataFrame]]
+    complaints: Sequence[str] = ()
+
+
+def write(name: str, product: Product, out: Path, command: str, code: Mapping[str, object]) -> list[Path]:
+    """Write the files of a product and its sidecar; return them.
+
+    Args:
+        name: of the files.
+        product: what is in them.
+        out: the folder; made if need be.
+        command: that draws this again.
+        code: commit of this repository and whether files differ from it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sidecar = json.dumps(told(name, product, command, code), indent=2, ensure_ascii=False) + "\n"
+    contents = {**product.contents, "json": sidecar}
+    for kind, content in contents.items():
+        write_atomically(out / f"{name}.{kind}", content)
+    return [out / f"{name}.{kind}" for kind in contents]
+
+
+def told(name: str, product: Product, command: str, code: Mapping[str, object]) -> dict[str, Any]:
+    """What the sidecar says: by what command and code the files were made, from which rows and settings, and the sha256 of all."""
+    return {
+        "command": command,
+        "code": dict(code),
+        "files": {f"{name}.{kind}": _sha256(content) for kind, content in product.contents.items()},
+        "rows": [_of(source, rows) for source, rows in product.sources],
+    }
+
+
+def tabular(table: pd.DataFrame) -> dict[str, str]:
+    """A table in its formats, by the ending of the file."""
+    return {
+        "tex": table.style.hide(axis="index").format(precision=4, escape="latex", na_rep="–").to_latex(hrules=True),
+        "md": table.to_markdown(index=False, floatfmt=".4g", missingval="–") + "\n",
+        "csv": table.to_csv(index=False),
+    }
+
+
+def shown(path: Path) -> str:
+    """A path, from the repository's root on where it lies in it."""
+    resolved = path.resolve()
+    return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)
+
+
+def _of(source: Source, rows: pd.DataFrame) -> dict[str, Any]:
+    stamps = rows[["experiment", "data", "scale", "root_seed", "run", "commit", "dirty"]].drop_duplicates()
+    return {
+        "file": shown(source.rows),
+        "sha256": source.sha256,
+        "runs": stamps.to_dict("records"),
+        "config": source.settings(rows),
+    }
+
+
+def _sha256(content: bytes | str) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
