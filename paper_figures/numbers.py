@@ -76,4 +76,3 @@ def number(value: float | None) -> str:
         return rf"\ensuremath{{{value}}}"
     digits, _, power = f"{value:.4g}".partition("e")
     return rf"\ensuremath{{{digits}}}" if not power else rf"\ensuremath{{{digits}\times 10^{{{int(power)}}}}}"
-

@@ -38,7 +38,8 @@ def produce(name: str, shelf: Shelf, mixed: bool) -> Product:
 def _drawn(name: str, sources: Sequence[tuple[Source, pd.DataFrame]], mixed: bool) -> Product:
     tables = [rows for _, rows in sources]
     module, style = importlib.import_module(f"paper_figures.{name}"), importlib.import_module("paper_figures.style")
-    files = ", ".join(str(source.rows) for source, _ in sources)
+    first, *others = (source.rows for source, _ in sources)
+    files = f"{first} and {len(others)} more" if others else str(first)
     try:
         require_one(tables, mixed)
     except UserError as error:

@@ -41,9 +41,7 @@ REPORTED = (
         )
         for depth, error in TABLE_6.items()
     ),
-    Reported(
-        "residual_unlock/published_plain_110", "He et al. 2016", "plain-110", "cifar10", "> 60", {"depth": 110, "skip": "none"}
-    ),
+    Reported("residual_unlock/published_plain_110", "He et al. 2016", "plain-110", "cifar10", "> 60", {"depth": 110, "skip": "none"}),
     *(
         Reported("greedy_layerwise/published_mlp", "Nøkland & Eidnes 2019", f"MLP, {loss}", data, error, {"family": "mlp", "loss": loss})
         for data, errors in NOKLAND.items()
@@ -51,7 +49,12 @@ REPORTED = (
     ),
     *(
         Reported(
-            "greedy_layerwise/published_greedy_cnn", "Belilovsky et al. 2019", f"greedy CNN, k = {k}", data, error, {"family": "vgg", "hidden": k - 1}
+            "greedy_layerwise/published_greedy_cnn",
+            "Belilovsky et al. 2019",
+            f"greedy CNN, k = {k}",
+            data,
+            error,
+            {"family": "vgg", "hidden": k - 1},
         )
         for data, errors in BELILOVSKY.items()
         for k, error in errors.items()
@@ -68,7 +71,10 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     names = sorted({reported.form.partition("/")[0] for reported in REPORTED} | {form.partition("/")[0] for form in cited()})
     sources = [(source, source.read()) for name in names for source in shelf.each(name)]
     verdicts = [(rows, source.judged()) for source, rows in sources]
-    lines = [*(_accuracy(reported, verdicts) for reported in REPORTED), *(line for rows, entries in verdicts for line in _forms(rows, entries))]
+    lines = [
+        *(_accuracy(reported, verdicts) for reported in REPORTED),
+        *(line for rows, entries in verdicts for line in _forms(rows, entries)),
+    ]
     return Product(tabular(pd.DataFrame(lines, columns=COLUMNS)), sources)
 
 
@@ -80,7 +86,13 @@ def cited() -> dict[str, str]:
 def _accuracy(reported: Reported, verdicts: list[tuple[pd.DataFrame, list[Verdict]]]) -> dict[str, object]:
     """A published accuracy, and what nets of the same kind reached on the same data."""
     experiment, _, name = reported.form.partition("/")
-    line = {"experiment": experiment, "form": name, "source": reported.source, "what": f"{reported.net}, {ERROR}", "published": reported.published}
+    line = {
+        "experiment": experiment,
+        "form": name,
+        "source": reported.source,
+        "what": f"{reported.net}, {ERROR}",
+        "published": reported.published,
+    }
     line |= {"data": reported.data, "verdict": NOT_RUN, "scale": "paper"}
     for rows, entries in verdicts:
         if not ({experiment} == set(rows["experiment"]) and {reported.data} == set(rows["data"])) or not set(reported.at) <= set(rows):

@@ -48,9 +48,13 @@ class Source:
         """
         rows = row_table.read(self.rows)
         if missing := STAMP - set(rows.columns):
-            raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; run the experiment again with force=true")
+            raise UserError(
+                f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; run the experiment again with force=true"
+            )
         if set(rows["experiment"]) != {self.experiment}:
-            raise UserError(f"{self.rows}: not the rows of {self.experiment}; run python -m src.run experiment={self.experiment} with force=true")
+            raise UserError(
+                f"{self.rows}: not the rows of {self.experiment}; run python -m src.run experiment={self.experiment} with force=true"
+            )
         return rows
 
     def judged(self) -> list[Verdict]:

@@ -1,6 +1,6 @@
 """How figures look and how they become bytes: the same rows give the same bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Literal
@@ -39,7 +39,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
 @contextmanager
-def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(rows: pd.DataFrame, count: int, columns: int, height: float, wide: Collection[int] = ()) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of lettered panels, with a line on where its rows come from; a fallback data set is called out in red.
 
     Args:
@@ -47,19 +47,23 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float) -> Itera
         count: panels.
         columns: panels in a line.
         height: of a line of panels, inches.
+        wide: the panels, counted from 0, that take two columns.
     """
+    spans = [2 if place in wide else 1 for place in range(count)]
+    starts = np.cumsum([0, *spans])
     with mpl.rc_context(THEME | RC), sns.color_palette("colorblind"):
-        lines = -(-count // columns)
+        lines = -(-starts[-1] // columns)
         figure = Figure(figsize=(WIDE, height * lines), layout="constrained")
-        axes = list(np.ravel(figure.subplots(lines, columns)))
-        for letter, axis in zip("abcdefghijkl", axes, strict=False):
-            axis.set_label(letter)
-        yield figure, axes[:count]
-        for axis in axes[count:]:
-            axis.remove()
+        grid = figure.add_gridspec(lines, columns)
+        places = [(start // columns, slice(start % columns, start % columns + span)) for start, span in zip(starts, spans, strict=False)]
+        axes = [figure.add_subplot(grid[place], label=letter) for letter, place in zip("abcdefghijkl", places, strict=False)]
+        yield figure, axes
         sns.despine(fig=figure)
         alarming = rows["fallback"].any() or mixture([rows])
         figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
+        # one layout for all formats, and not one each
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def title(axis: Axes, text: str) -> None:
