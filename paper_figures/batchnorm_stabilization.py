@@ -136,7 +136,7 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
         for j, (_, nets) in enumerate(trained.groupby("batch")):
             axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
             label = name if j == 0 else None
-            style = {"color": f"C{k}", "linestyle": DASHES[j], "err_kws": {"alpha": 0.1}}
+            style = {"color": f"C{k}", "linestyle": DASHES[j], "marker": MARKERS[k], "err_kws": {"alpha": 0.1}}
             sns.lineplot(nets, x="depth", y="value", ax=axis, errorbar=t_error, label=label, **style)
     axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)

@@ -40,6 +40,7 @@ SHOWN = {
 COMBINATIONS = {"best of K_back": K_BACK, "best of all": tuple(READINGS)}  # each foretells a family from the others
 LEVEL = float(criteria("certificate").rank_predicts.at_least)  # of a correlation that counts
 WORDS = {"predicts": "", "predicts nothing": ": nothing", "predicts the reverse": ": the reverse", "undecided": ": undecided"}
+MARKS = {"predicts": "o", "predicts nothing": "D", "predicts the reverse": "v", "undecided": "s"}
 COLOURS = {"predicts": "C2", "predicts nothing": "0.5", "predicts the reverse": "C3", "undecided": "C1"}
 
 
@@ -50,7 +51,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
         for axis, reading in zip(axes, SHOWN, strict=False):
             _against(axis, nets, reading)
-        _legend(axes[0], None)
+        _legend(axes[0], None, indent=0.12)
         _correlations(axes[6], nets, combined)
         for axis, (name, foretold) in zip(axes[7:], combined.items(), strict=True):
             _foretold(axis, foretold, name)
@@ -102,6 +103,8 @@ def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
         axis.plot(shown[nets["kind"] == kind], nets.loc[nets["kind"] == kind, "accuracy"], **look)
     if scale != "linear":
         axis.set_xscale(scale)
+    if scale == "symlog" and shown.min() < 0 < shown.max():  # ticks at ±1 would run into the one at 0
+        axis.set_xticks([tick for tick in (-100, -10, 0, 10, 100) if -edge <= tick <= shown.max()])
     if np.isinf(values).any():
         axis.axvline(-sign * (edge / 10 if scale == "log" else 0.75 * edge), color="0.3", linewidth=0.8, linestyle=":")
         axis.text(0.02, 0.01, "∞", transform=axis.transAxes, fontsize=8)
@@ -109,7 +112,7 @@ def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
         axis.invert_xaxis()
     axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
     rho = association(nets[reading], nets["accuracy"])
-    title(axis, f"ρ = {rho.value:.2f}{WORDS[told(rho, LEVEL)]}")
+    title(axis, f"ρ = {rho.value:.2f}{WORDS[told(rho, LEVEL)]}".replace("-", "−"))
 
 
 def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.DataFrame]) -> None:
@@ -124,8 +127,8 @@ def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.Data
         colour = COLOURS[told(rho, LEVEL)]
         axis.plot(rank_correlation(values, n["accuracy"], n["width"]), place, "x", color="k", markersize=3)
         axis.plot([rho.lo, rho.hi], [place, place], color=colour)
-        axis.plot(rho.value, place, "o", color=colour, markerfacecolor=colour if is_entry else "w")
-    kinds = [Line2D([], [], color=colour, label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
+        axis.plot(rho.value, place, MARKS[told(rho, LEVEL)], color=colour, markerfacecolor=colour if is_entry else "w")
+    kinds = [Line2D([], [], color=colour, marker=MARKS[words], label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
     for level, dash in ((0, "-"), (LEVEL, ":")):
         axis.plot([level, level], [-0.5, len(found) - 0.5], color="0.3", linewidth=0.8, linestyle=dash)  # not through the legend
     axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=5.5)
@@ -146,7 +149,7 @@ def _foretold(axis: Axes, foretold: pd.DataFrame, what: str) -> None:
     _legend(axis, "ρ within")
 
 
-def _legend(axis: Axes, heading: str | None) -> None:
+def _legend(axis: Axes, heading: str | None, indent: float = 0.0) -> None:
     """A legend above the points."""
     axis.set(ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
-    axis.legend(title=heading, loc="upper left", handletextpad=0.1, borderpad=0.1, labelspacing=0.3)
+    axis.legend(title=heading, loc="upper left", bbox_to_anchor=(indent, 1), handletextpad=0.1, borderpad=0.1, labelspacing=0.3)

@@ -135,6 +135,11 @@ def _gains(axis: Axes, rows: pd.DataFrame, way: str) -> None:
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(remedies)), [REMEDIES[remedy] for remedy in remedies])
     axis.set(xlabel="open: untrained, full: trained, ∞: diverged", ylabel="gain over plain (decades)")
+    low, high = axis.get_ylim()
+    if max(-low, high) > 10:  # decades: one net that went wild would hide all others
+        axis.set_yscale("symlog", linthresh=5)
+        axis.set_yticks(sorted({0, -5, 5, *(tick for tick in (-100, -30, -10, 10, 30, 100) if low <= tick <= high)}))
+        axis.yaxis.set_major_formatter("{x:g}")
     title(axis, f"what a remedy gains {way}s")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom=bottom - 0.3 * (top - bottom))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
@@ -190,7 +191,9 @@ def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
         colours = ["k" if loss == "backprop" else f"C{LOCAL.index(loss)}" for loss in at["loss"]]
         axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0, label=what)
     axis.plot([0, 1], [0, 1], color="0.3", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1.6))
+    axis.set(
+        xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1.6), yticks=np.linspace(0, 1, 6)
+    )
     for collection in axis.legend(loc="upper left", handletextpad=0.1).findobj(PathCollection):
         collection.set(color="0.4")
     title(axis, "test accuracy, all rules")
@@ -202,10 +205,11 @@ def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: st
     deeper = costs[costs["hidden"] > 0]
     axis.plot([1] * len(deeper), deeper[column], "_", color="C0", markersize=9)
     for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
-        axis.annotate(f"+{hidden} hidden", (1, value), xytext=(6, 0), textcoords="offset points", fontsize=6, color="C0", va="center")
+        beside = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        axis.annotate(f"+{hidden} hidden", (1, value), fontsize=6, color="C0", **beside)
     axis.axhline(1, color="k", linewidth=0.9)
     axis.set_xticks(_sizes(costs))
-    axis.set(xlabel=K, ylabel=label, ylim=(0, None))
+    axis.set(xlabel=K, ylabel=label, xlim=(0, None), ylim=(0, None))
     title(axis, what)
 
 

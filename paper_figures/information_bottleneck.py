@@ -66,7 +66,7 @@ def _ranks(axis: Axes, rows: pd.DataFrame, layer: int, what: str) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel(f"rank of the signals $g_{layer}$")
     title(axis, what)
-    colours = [_line(activation, color=f"C{k}") for k, activation in enumerate(NETS)]
+    colours = [_line(activation, color=f"C{k}", marker=MARKERS[k]) for k, activation in enumerate(NETS)]
     axis.legend(handles=[*colours, *_dashes({"r": "-", "C−1": ":"}, linewidth=0.7)])
 
 
@@ -109,7 +109,7 @@ def _curves(axis: Axes, values: pd.DataFrame, dash: str = "-") -> None:
     for k, activation in enumerate(NETS):
         nets = values[values["activation"] == activation]
         axis.plot(nets["code"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.15, markersize=2)
-        sns.lineplot(nets, x="code", y="value", ax=axis, color=f"C{k}", linestyle=dash, errorbar=t_error)
+        sns.lineplot(nets, x="code", y="value", ax=axis, color=f"C{k}", linestyle=dash, marker=MARKERS[k], markersize=3.5, errorbar=t_error)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("code width r")
 

@@ -18,7 +18,7 @@ from src import mean_field
 from src.jacobian.normalised import batch_norm_growth
 from src.prediction import association
 from src.rows import pick
-from src.statistics import Estimate, paired_difference, t_interval
+from src.statistics import paired_difference, t_interval
 
 SOLUTIONS = ("residual_unlock", "batchnorm_stabilization", "wide_layers", "deep_supervision")
 EXPERIMENTS = (
@@ -207,7 +207,7 @@ def _at(nets: pd.DataFrame, depth: float) -> pd.Series:
 
 
 def _halved(depth: float) -> float:
-    """ln ‖g_1‖/‖g_{L−1}‖ of a plain ReLU chain with σw² = 1: χ = ½."""
+    """The prediction of ln ‖g_1‖/‖g_{L−1}‖ in a plain ReLU chain with σw² = 1: χ = ½."""
     return -(depth - 2) * np.log(2) / 2
 
 

@@ -17,8 +17,9 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: σ_min(I+J), gradients end to end without and with BN, growth of x_l², accuracy, gradients after training."""
     with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
         _sigma_min(axes[0], rows)
-        _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no norm, σw² = 1, initial")
-        _flow(axes[2], pick(rows, "flow", part="flow", norm="batch"), "BatchNorm, initial")
+        # the mean field's growth of ‖g‖² a layer in plain chains: χ = ½, and π/(π−1) (Yang et al. 2019)
+        _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no norm, σw² = 1, initial", 0.5)
+        _flow(axes[2], pick(rows, "flow", part="flow", norm="batch"), "BatchNorm, initial", np.pi / (np.pi - 1))
         _growth(axes[3], rows)
         _accuracy(axes[4], rows)
         _flow(axes[5], pick(rows, "flow", part="training", when="trained"), "BatchNorm, trained")
@@ -60,15 +61,18 @@ def _sigma_min(axis: Axes, rows: pd.DataFrame) -> None:
     axis.plot(cancelled["branch_norm"], cancelled["sigma_min"], linestyle="none", marker="X", color="C3", markersize=7, label="J = −I")
     norms = np.geomspace(min(random["branch_norm"].min(), 0.1), 1, 50)
     axis.plot(norms, 1 - norms, color="k", linewidth=0.9, label="1 − ‖J‖")
-    axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
+    axis.axvline(1, ymax=0.7, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set(xlabel="largest ‖J‖ of the branch", ylabel="least σ_min(I + J)")
     title(axis, "σ_min(I+J), a point a block")
-    axis.legend(loc="lower left")
+    axis.legend(loc="upper right")
 
 
-def _flow(axis: Axes, flows: pd.DataFrame, what: str) -> None:
+def _flow(axis: Axes, flows: pd.DataFrame, what: str, growth: float | None = None) -> None:
     _by_skip(axis, flows)
+    if growth is not None:
+        depths = np.sort(flows["depth"].unique())
+        axis.plot(depths, (depths - 2) * np.log(growth) / 2, color="k", linewidth=0.7, label="plain, mean field")
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
     title(axis, what)
@@ -87,7 +91,7 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(blocks, prediction, color="k", linewidth=0.7)
     axis.set_yscale("log")
     axis.set(xlabel="block l", ylabel="mean x_l² (BN: 1 + added)")
-    title(axis, "growth; black: 2^l and 1+l")
+    title(axis, "growth; black: $2^l$ and 1+l")
     axis.legend(loc="upper left")
 
 

@@ -101,7 +101,7 @@ def _slopes(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_yscale("log")
     axis.set(xlabel="variance q of z", ylabel="E[φ'(z)²]")
     title(axis, "slopes; black: mean field")
-    axis.legend(loc="center right")
+    axis.legend(loc="center", bbox_to_anchor=(0.5, 0.42))
 
 
 def _growth(axis: Axes, rows: pd.DataFrame) -> None:
@@ -129,8 +129,11 @@ def _mapped(axis: Axes, rows: pd.DataFrame) -> None:
         relative = (profile - profile.iloc[-1]).iloc[:-1]
         axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.6)
         axis.plot(relative.index, relative.mean(axis=1), DASHES[k], color=f"C{k}", label=label)
+    layers = relative.index.to_numpy()
+    for chi in (1.0, mean_field.chi("sigmoid", 1.0, 0.0)):
+        axis.plot(layers, (layers[-1] - layers) * np.log(chi) / 2, color="k", linewidth=1, linestyle=(0, (1, 3)))
     axis.set(xlabel="layer l", ylabel="ln ‖g$_l$‖ / ‖g$_L$‖ (nats)")
-    title(axis, "one function, two nets")
+    title(axis, "two nets, one function; black: χ")
     axis.legend(loc="best")
 
 

@@ -1,4 +1,4 @@
-"""Which rows are drawn: the newest finished run of an experiment, else the committed reference; and whether they may stand in one figure."""
+"""Which rows are drawn: the newest finished run of an experiment, else the committed ones; and whether they may stand in one figure."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ class Source:
             raise UserError(f"{self.provenance}: damaged; run the experiment again with force=true") from error
 
     def settings(self, rows: pd.DataFrame) -> Any:
-        """What decided its numbers; of committed rows today's config, if it has the hash that names their run. None where that isn't known."""
+        """What decided its numbers; of committed rows today's config, if its hash names their run. None where that isn't known."""
         try:
             config = _composed(rows.iloc[0]) if self.config is None else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
         except (OSError, ValueError, YAMLError, UserError):

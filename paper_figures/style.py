@@ -1,5 +1,6 @@
 """How figures look and how they become bytes: the same rows give the same bytes."""
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -61,6 +62,7 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float, wide: Co
         sns.despine(fig=figure)
         alarming = rows["fallback"].any() or mixture([rows])
         figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
+        _set_subscripts(figure)
         # one layout for all formats, and not one each
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -71,12 +73,34 @@ def title(axis: Axes, text: str) -> None:
     axis.set_title(rf"$\mathbf{{{axis.get_label()}}}$  {text}", loc="left")
 
 
+def _set_subscripts(figure: Figure) -> None:
+    """Write J_l and g_{L−1} with their subscripts below the line, wherever a panel's words have them."""
+    for axis in figure.axes:
+        texts = [axis.xaxis.label, axis.yaxis.label, axis.title, axis._left_title, *axis.texts]  # type: ignore[attr-defined]
+        for legend in (axis.get_legend(), *figure.legends):
+            texts += [*legend.get_texts(), legend.get_title()] if legend else []
+        for text in texts:
+            text.set_text(subscripts(text.get_text()))
+        for labelled in (axis.xaxis, axis.yaxis):
+            labels = [label.get_text() for label in labelled.get_ticklabels()]
+            if labels != (set_off := [subscripts(label) for label in labels]):
+                labelled.set_ticklabels(set_off)
+
+
+def subscripts(text: str) -> str:
+    """A text with its subscripts in mathtext, but for what is mathtext already."""
+    outside = text.split("$")[::2]
+    inside = text.split("$")[1::2]
+    set_off = [re.sub(r"_(\{[^}]*\}|back|min|\w)", lambda found: rf"$_{{{found[1].strip('{}')}}}$", part) for part in outside]
+    return "".join(part for pair in zip(set_off, [*(f"${part}$" for part in inside), ""], strict=False) for part in pair)
+
+
 def origin(rows: pd.DataFrame) -> str:
     """Where rows come from, in one line."""
     first = rows.iloc[0]
     images, seeds, runs = (_span(rows[column]) for column in ("train_images", "root_seed", "run"))
     where = f"{_span(rows['data'])}, {images} training images, scale={_span(rows['scale'])}, seed {seeds}, "
-    where += f"run {runs}" if rows["run"].nunique() == 1 else f"{rows['run'].nunique()} runs"
+    where += f"run {runs}" if "," not in runs else f"{rows['run'].nunique()} runs"
     if told := mixture([rows]):
         where = f"MIXED {told} — {where}"
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if rows["fallback"].any() else where

@@ -85,7 +85,7 @@ def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
         prediction = np.cumsum(np.log([SCALED[str(kind)](layer) for layer in layers]))
         axis.plot(layers, prediction, DASHES[k], color=f"C{k}")
     axis.axhline(np.log(0.5), color="0.3", linewidth=0.8, linestyle=":")
-    axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(0, -2), textcoords="offset points", fontsize=6.5, ha="right", va="top")
+    axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(-8, -3), textcoords="offset points", fontsize=6.5, ha="right", va="top")
     axis.set(xlabel="depth L (weight layers)", ylabel="Σ ln ‖J_l‖ (nats)")
     title(axis, "chains with all ‖J_l‖ < 1")
     axis.legend(loc="lower left")
@@ -123,7 +123,7 @@ def _profiles(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _edge(axis: Axes, rows: pd.DataFrame) -> None:
     accuracy = pick(rows, "train_accuracy", part="edge").groupby(["depth", "weight_var"])["value"].mean().unstack()
-    colours = {"cmap": "cividis", "vmin": 0, "vmax": 1, "cbar_kws": {"label": "train accuracy"}}
+    colours = {"cmap": "cividis", "vmin": 0, "vmax": 1, "cbar": False}
     sns.heatmap(accuracy.iloc[::-1], ax=axis, annot=True, fmt=".2f", annot_kws={"size": 6}, **colours)
     depths = np.log2(accuracy.index.to_numpy())
     for column, edge in enumerate(depth_scales(rows).itertuples()):
@@ -132,7 +132,7 @@ def _edge(axis: Axes, rows: pd.DataFrame) -> None:
             axis.plot([column, column + 1], [len(depths) - 0.5 - place] * 2, color="w", linewidth=3)
             axis.plot([column, column + 1], [len(depths) - 0.5 - place] * 2, color="tab:red", linewidth=1.5)
     axis.set(xlabel="weight variance σw²", ylabel="depth L (weight layers)")
-    title(axis, "tanh, trained; red: 6ξ")
+    title(axis, "train accuracy, tanh; red: 6ξ")
     axis.tick_params(rotation=0)
 
 
