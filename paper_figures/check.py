@@ -1,0 +1,191 @@
+"""`--check`: the verdicts of the runs under a results folder against those of the committed reference, form by form.
+
+A run is compared with a reference of the same data set and scale alone. Let a form have the estimate e in [lo, hi] in the run and e' in
+[lo', hi'] in the reference, both at the cell that decided the verdict: where many cells are tried it may be another one, and the worst
+cases are what is compared. Their numbers *agree* when |e − e'| ≤ √(h² + h'²), h and h' the half-widths on the sides that face each other
+and both bounded: the interval of 95% of the difference of two independent estimates. Numbers that no interval of a sample surrounds
+(the least or greatest draw, h = h' = 0) agree when they are equal to rounding, 1e-6 of the larger or 1e-9. A form is then
+
+- **reproduced within interval**: the same verdict, and the numbers agree;
+- **reproduced in order only**: not that, but the verdicts do not contradict each other. Either they are the same though the numbers do not
+  agree; or one says "holds" and the other "holds if", which differ in what was seen outside the condition; or one of the two is
+  inconclusive and the numbers do not tell against each other: |e − e'| ≤ √(H² + H'²), H as h but in intervals that cover all forms compared
+  with 95% at once (Bonferroni, Student's t with n − 1 degrees of freedom), so that chance alone breaks one of them in at most 5%;
+- **not reproduced**: everything else: opposite verdicts, or one lost or won with numbers that tell against each other.
+
+Forms that the reference did not measure, or whose criterion was changed since, leave nothing to reproduce and are told as that.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from paper_figures.sidecar import Product, tabular, write
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, of_folder
+from src import code
+from src.errors import UserError
+from src.rows import finished_runs
+from src.statistics import widening
+from src.verdict import Verdict, phrase
+
+WITHIN, ORDER, NOT, NOTHING = "reproduced within interval", "reproduced in order only", "not reproduced", "nothing to reproduce"
+COLOURS = {WITHIN: "green", ORDER: "cyan", NOT: "red", NOTHING: "dim"}
+HOLDS = {"holds", "holds_if"}
+
+
+def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
+    """Print and write the comparison; return the exit code, 1 when something is not reproduced or can't be read.
+
+    Args:
+        shelf: the results folder and the reference.
+        names: the experiments to compare; all when there are none.
+        out: the folder to write the table to.
+
+    Raises: UserError when there is no such experiment, or no run that can be compared.
+    """
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        raise UserError(f"no experiment {', '.join(unknown)} to check; there are {', '.join(EXPERIMENTS)}")
+    lines, sources, failed = [], [], False
+    for name in names or EXPERIMENTS:
+        try:
+            found = comparable(shelf, name)
+            if isinstance(found, str):
+                print(f"{name}: {found}")
+                continue
+            reference, run = found
+            lines += pairs(reference, run)
+            sources += [(source, source.read()) for source in found]
+            print(f"{name}: {run.rows.parent}; {rows_compared(*(rows for _, rows in sources[-2:]))}")
+        except UserError as error:
+            failed = True
+            print(f"error: {name}: {error}", file=sys.stderr)
+    if not lines:
+        if failed:
+            return 1
+        raise UserError(f"nothing to check under {shelf.results}: no finished run at the data set and scale of the reference")
+    table = told(lines)
+    Console(width=None if sys.stdout.isatty() else 200).print(to_table(table))
+    for file in write("check", Product(tabular(table), sources), out, "python -m paper_figures --check", code.commit()):
+        print(file)
+    return 1 if failed or (table["told"] == NOT).any() else 0
+
+
+def comparable(shelf: Shelf, experiment: str) -> tuple[Source, Source] | str:
+    """The reference and the newest finished run on its data set and at its scale; in words why there are none."""
+    reference = shelf.committed(experiment)
+    if not reference.rows.exists():
+        return "no reference rows, not compared"
+    stamp = reference.read().iloc[0]
+    others = set()
+    for folder in reversed(finished_runs(shelf.results, experiment)):
+        run = of_folder(folder)
+        found = run.read().iloc[0]
+        if (found["data"], found["scale"]) == (stamp["data"], stamp["scale"]):
+            return reference, run
+        others.add((str(found["data"]), str(found["scale"])))
+    if not others:
+        return f"no finished run, not compared; python -m src.run experiment={experiment}"
+    kinds = [
+        name
+        for name, one, own in zip(("data set", "scale"), zip(*others, strict=True), stamp[["data", "scale"]], strict=True)
+        if own not in one
+    ]
+    places = ", ".join(f"{data} at {scale}" for data, scale in sorted(others))
+    return f"other {' and '.join(kinds or ['data set or scale'])}: runs on {places}, reference on {stamp['data']} at {stamp['scale']}; not compared"
+
+
+def pairs(reference: Source, run: Source) -> list[tuple[Verdict, Verdict | None]]:
+    """Each form of the reference with the same form of the run, where it has one."""
+    found = {verdict.claim: verdict for verdict in run.judged()}
+    return [(verdict, found.get(verdict.claim)) for verdict in reference.judged()]
+
+
+def told(compared: Sequence[tuple[Verdict, Verdict | None]]) -> pd.DataFrame:
+    """The comparison as a table, a line a form."""
+    lines = []
+    for reference, run in compared:
+        word, why = compare(reference, run, len(compared))
+        line = {"claim": reference.claim, "form": reference.form, "told": word, "why": why}
+        for of, verdict in (("reference", reference), ("run", run)):
+            line |= {
+                of: phrase(verdict.verdict, verdict.condition) if verdict else "–",
+                f"{of} estimate": verdict.estimate if verdict else None,
+            }
+            line |= dict(zip((f"{of} lo", f"{of} hi"), verdict.interval if verdict else (None, None), strict=True))
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def compare(reference: Verdict, run: Verdict | None, together: int) -> tuple[str, str]:
+    """What became of one form, and why.
+
+    Args:
+        reference: its verdict in the reference.
+        run: its verdict in the run, if it has one.
+        together: forms that are compared in all.
+    """
+    if run is None:
+        return NOT, "the run has no such form"
+    if (reference.criterion, reference.condition) != (run.criterion, run.condition):
+        return NOTHING, "the criterion was changed"
+    if reference.evidence.startswith("no cell"):
+        return NOTHING, "not measured in the reference"
+    words = {reference.verdict, run.verdict}
+    if len(words) == 1:
+        return (WITHIN, "") if agree(reference, run) else (ORDER, "the same verdict, another number")
+    if words == HOLDS:
+        return ORDER, "the form holds; what is outside its condition differs"
+    if "inconclusive" in words and agree(reference, run, together):
+        return ORDER, "one of the two is inconclusive, the numbers don't tell against each other"
+    return NOT, "opposite verdicts" if "inconclusive" not in words else "a verdict lost or won, the numbers tell against each other"
+
+
+def agree(one: Verdict, other: Verdict, together: int = 1) -> bool:
+    """Whether two numbers differ by no more than their intervals allow, or those that cover `together` forms at once."""
+    if one.estimate is None or other.estimate is None:  # JSON holds no finite number: agreement is that of the same cell
+        return one.estimate is other.estimate and one.evidence == other.evidence
+    low, high = sorted((one, other), key=lambda verdict: verdict.estimate or 0.0)
+    gap = high.estimate - low.estimate  # type: ignore[operator]
+    if math.isclose(one.estimate, other.estimate, rel_tol=1e-6, abs_tol=1e-9):
+        return True
+    if low.interval[1] is None or high.interval[0] is None:
+        return False
+    halves = np.array([low.interval[1] - low.estimate, high.estimate - high.interval[0]])  # type: ignore[operator]
+    return bool(gap <= np.linalg.norm(halves * widening([low.n - 1, high.n - 1], together)))
+
+
+def rows_compared(reference: pd.DataFrame, run: pd.DataFrame) -> str:
+    """How the rows of one config and seed compare, in words; those of others have no counterpart."""
+    if reference["run"].iloc[0] != run["run"].iloc[0]:
+        return f"seed {run['root_seed'].iloc[0]} against {reference['root_seed'].iloc[0]}: other draws, verdicts alone are compared"
+    if len(reference) != len(run):
+        return f"the same config and seed, but {len(run):,} rows against {len(reference):,}"
+    values = reference["value"].to_numpy(), run["value"].to_numpy()
+    differing = int((~np.isclose(*values, rtol=1e-6, atol=1e-12, equal_nan=True)).sum())
+    return f"the same config and seed: {differing:,} of {len(run):,} rows differ by more than 1e-6"
+
+
+def to_table(lines: pd.DataFrame) -> Table:
+    """The comparison for the terminal."""
+    counts = Counter(lines["told"])
+    table = Table(title=", ".join(f"{counts[word]} {word}" for word in COLOURS if counts[word]))
+    for heading in ("form", "reference", "run", "told"):
+        table.add_column(heading, overflow="fold")
+    for line in lines.to_dict("records"):
+        word = f"[{COLOURS[line['told']]}]{line['told']}[/]" + (f": {line['why']}" if line["why"] else "")
+        table.add_row(line["claim"], *(escape(_cell(line, of)) for of in ("reference", "run")), word)
+    return table
+
+
+def _cell(line: dict, of: str) -> str:
+    numbers = (line[f"{of} estimate"], line[f"{of} lo"], line[f"{of} hi"])
+    estimate, lo, hi = ("–" if number is None or math.isnan(number) else f"{number:.4g}" for number in numbers)
+    return f"{line[of]}: {estimate} [{lo}, {hi}]"
