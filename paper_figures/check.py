@@ -99,7 +99,8 @@ def comparable(shelf: Shelf, experiment: str) -> tuple[Source, Source] | str:
         if own not in one
     ]
     places = ", ".join(f"{data} at {scale}" for data, scale in sorted(others))
-    return f"other {' and '.join(kinds or ['data set or scale'])}: runs on {places}, reference on {stamp['data']} at {stamp['scale']}; not compared"
+    differ = " and ".join(kinds or ["data set or scale"])
+    return f"other {differ}: runs on {places}, reference on {stamp['data']} at {stamp['scale']}; not compared"
 
 
 def pairs(reference: Source, run: Source) -> list[tuple[Verdict, Verdict | None]]:

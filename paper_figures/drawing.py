@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from paper_figures.ledger import ledger, to_table
-from paper_figures.products import produce
+from paper_figures.products import FIGURES, produce
 from paper_figures.sidecar import shown, write
 from paper_figures.sources import Shelf
 from src import code
@@ -42,10 +42,12 @@ def draw_all(names: Sequence[str], shelf: Shelf, out: Path, mixed: bool, page: b
         page: whether to make index.html of it.
     """
     failures = 0
+    figures: list[str] = []
     for drawn in _each(names, partial(_draw, shelf=shelf, out=out, mixed=mixed, revision=code.commit())):
         sources = f"  ←  {', '.join(map(str, drawn.rows))}" if len(drawn.rows) == 1 else f"  ←  {len(drawn.rows)} tables of rows"
         for file in drawn.files:
             print(f"{file}{sources}", flush=True)
+        figures += [drawn.name] if drawn.files and drawn.name in FIGURES else []
         for complaint in drawn.complaints:
             failures += 1
             print(f"error: {drawn.name}: {' '.join(complaint.split())}", file=sys.stderr, flush=True)
@@ -54,7 +56,7 @@ def draw_all(names: Sequence[str], shelf: Shelf, out: Path, mixed: bool, page: b
     if page:
         from paper_figures.page import write_page
 
-        print(write_page(shelf, out))
+        print(write_page(shelf, out, figures))
     return 1 if failures else 0
 
 

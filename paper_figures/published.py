@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import pandas as pd
 
@@ -78,6 +79,7 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     return Product(tabular(pd.DataFrame(lines, columns=COLUMNS)), sources)
 
 
+@cache
 def cited() -> dict[str, str]:
     """The forms whose statement or criterion cites a publication, and which."""
     return {form: source for experiment in EXPERIMENTS for form, source in _citing(experiment)}

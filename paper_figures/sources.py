@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,11 @@ class Source:
     def settings(self, rows: pd.DataFrame) -> Any:
         """What decided its numbers; of committed rows today's config, if its hash names their run. None where that isn't known."""
         try:
-            config = _composed(rows.iloc[0]) if self.config is None else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
+            config = (
+                _composed(*rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0])
+                if self.config is None
+                else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
+            )
         except (OSError, ValueError, YAMLError, UserError):
             return None
         known = self.config is not None or run_hash(config) == rows["run"].iloc[0]
@@ -151,12 +156,12 @@ def _label(at: dict[Any, Any]) -> str:
     return f"{at['commit'][:7]}{' with changes' if at['dirty'] else ''}"
 
 
-def _composed(run: pd.Series) -> Config:
-    """The config that an experiment has today at the data set, scale and seed of a run."""
+@cache
+def _composed(experiment: str, data: str, scale: str, seed: int) -> Config:
+    """The config that an experiment has today."""
     # Hydra is loaded by what needs it alone
     from hydra import compose, initialize_config_dir
 
     register_resolvers()
-    asked = [f"experiment={run['experiment']}", f"data={run['data_requested']}", f"scale={run['scale']}", f"seed={run['root_seed']}"]
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return check(compose("config", overrides=asked))
+        return check(compose("config", overrides=[f"experiment={experiment}", f"data={data}", f"scale={scale}", f"seed={seed}"]))
