@@ -17,6 +17,7 @@ Forms that the reference did not measure, or whose criterion was changed since, 
 """
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -140,13 +141,16 @@ def compare(reference: Verdict, run: Verdict | None, together: int) -> tuple[str
     if reference.evidence.startswith("no cell"):
         return NOTHING, "not measured in the reference"
     words = {reference.verdict, run.verdict}
+    moved = "" if deciding(reference) == deciding(run) else "; decided by another cell"
     if len(words) == 1:
-        return (WITHIN, "") if agree(reference, run) else (ORDER, "the same verdict, another number")
+        return (WITHIN, "") if agree(reference, run) else (ORDER, f"the same verdict, another number{moved}")
     if words == HOLDS:
         return ORDER, "the form holds; what is outside its condition differs"
     if "inconclusive" in words and agree(reference, run, together):
-        return ORDER, "one of the two is inconclusive, the numbers don't tell against each other"
-    return NOT, "opposite verdicts" if "inconclusive" not in words else "a verdict lost or won, the numbers tell against each other"
+        return ORDER, f"one of the two is inconclusive, the numbers don't tell against each other{moved}"
+    if "inconclusive" in words:
+        return NOT, f"a verdict lost or won, the numbers tell against each other{moved}"
+    return NOT, f"opposite verdicts{moved}"
 
 
 def agree(one: Verdict, other: Verdict, together: int = 1) -> bool:
@@ -161,6 +165,12 @@ def agree(one: Verdict, other: Verdict, together: int = 1) -> bool:
         return False
     halves = np.array([low.interval[1] - low.estimate, high.estimate - high.interval[0]])  # type: ignore[operator]
     return bool(gap <= np.linalg.norm(halves * widening([low.n - 1, high.n - 1], together)))
+
+
+def deciding(verdict: Verdict) -> str:
+    """The cell that decided a verdict, as its evidence names it."""
+    found = re.search(r"(?:worst|counterexample): (.*?): \S+ \[", verdict.evidence)
+    return found[1] if found else ""
 
 
 def rows_compared(reference: pd.DataFrame, run: pd.DataFrame) -> str:

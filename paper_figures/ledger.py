@@ -1,5 +1,7 @@
 """The ledger: every form of every claim, its verdict and evidence, and the command that reruns it."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
@@ -8,7 +10,7 @@ from paper_figures.sidecar import Product, tabular
 from paper_figures.sources import EXPERIMENTS, Shelf, Source
 from paper_figures.style import criteria
 from src.errors import UserError
-from src.verdict import COLOURS, phrase
+from src.verdict import COLOURS, Verdict, phrase
 
 COLUMNS = [
     "claim",
@@ -49,7 +51,7 @@ def ledger(shelf: Shelf) -> tuple[pd.DataFrame, list[tuple[Source, pd.DataFrame]
         for source in shelf.each(experiment):
             try:
                 rows = source.read()
-                found += measured(source, rows)
+                found += measured(rows, source.judged())
                 sources.append((source, rows))
             except UserError as error:
                 complaints.append(str(error))
@@ -63,8 +65,8 @@ def command(rows: pd.DataFrame) -> str:
     return f"python -m src.run experiment={run['experiment']} data={run['data_requested']} scale={run['scale']} seed={run['root_seed']}"
 
 
-def measured(source: Source, rows: pd.DataFrame) -> list[dict[str, object]]:
-    """The lines of one run."""
+def measured(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
+    """The lines of one run, of its rows and verdicts."""
     run = rows.iloc[0]
     where = {"data": run["data"], "scale": run["scale"], "seed": int(run["root_seed"]), "commit": run["commit"][:7]}
     if run["fallback"]:
@@ -79,7 +81,7 @@ def measured(source: Source, rows: pd.DataFrame) -> list[dict[str, object]]:
             "command": command(rows),
             **where,
         }
-        for entry in source.judged()
+        for entry in verdicts
     ]
 
 
