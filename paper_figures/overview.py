@@ -112,13 +112,15 @@ def _bias_var(chains: pd.DataFrame) -> float:
 def _locked(axis: Axes, rows: pd.DataFrame) -> None:
     """Error signals of two tanh chains, layer by layer."""
     signals = pick(rows, "error_signal", part="rate", activation="tanh")
-    for k, weight_var in enumerate((LOCKED, 1.7)):
+    bias_var = _bias_var(rows)
+    critical = min(signals["weight_var"].unique(), key=lambda variance: abs(mean_field.chi("tanh", variance, bias_var) - 1))
+    for k, weight_var in enumerate((LOCKED, critical)):
         profile = signals[signals["weight_var"] == weight_var].pivot(index="layer", columns="net_seed", values="value")
         top = profile.index.max() - 1
         relative = (profile - profile.loc[top]).loc[:top]
         axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.6)
         axis.plot(relative.index, relative.mean(axis=1), DASHES[k], color=f"C{k}", label=f"tanh, σw² = {weight_var:g}")
-        chi = mean_field.chi("tanh", weight_var, _bias_var(rows))
+        chi = mean_field.chi("tanh", weight_var, bias_var)
         axis.plot(relative.index, (top - relative.index) * np.log(chi) / 2, **PREDICTION)
     axis.plot([], [], label="mean field: ½(L−1−l) ln χ", **PREDICTION)
     axis.set(xlabel="layer l (the loss is on the right)", ylabel="ln ‖g$_l$‖/‖g$_{L-1}$‖ (nats)")

@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from omegaconf import OmegaConf
 
 from paper_figures.sources import mixture
@@ -63,9 +64,6 @@ def panels(rows: pd.DataFrame, count: int, columns: int, height: float, wide: Co
         alarming = rows["fallback"].any() or mixture([rows])
         figure.supxlabel(origin(rows), fontsize=6, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
         _set_subscripts(figure)
-        # one layout for all formats, and not one each
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
 
 
 def title(axis: Axes, text: str) -> None:
@@ -129,6 +127,9 @@ def to_bytes(figure: Figure, kind: Literal["png", "pdf", "svg"]) -> bytes:
     """A figure as the bytes of a file, without the time it was made."""
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}[kind]
     with mpl.rc_context(RC):
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):  # one layout for all formats, and not one each
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         out = BytesIO()
         figure.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()

@@ -47,9 +47,9 @@ def draw(name: str, rows: pd.DataFrame) -> Figure:
 
 def check_panels(figure: Figure) -> None:
     """Every panel has its letter, a title and labelled axes, and shows something."""
-    lettered = [axis for axis in figure.axes if axis.get_label() in set("abcdefghi")]
+    lettered = [axis for axis in figure.axes if axis.get_label() in set("abcdefghijkl")]
     assert lettered
-    for letter, axis in zip("abcdefghi", lettered, strict=False):
+    for letter, axis in zip("abcdefghijkl", lettered, strict=False):
         assert axis.get_title(loc="left").startswith(rf"$\mathbf{{{letter}}}$  ")
         assert len(axis.get_title(loc="left")) > len(rf"$\mathbf{{{letter}}}$  ")
         assert axis.get_xlabel()

@@ -4,15 +4,23 @@ import json
 from io import StringIO
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
-from paper_figures.ledger import ledger, to_table
-from src.errors import UserError
+from paper_figures.ledger import ledger as told_ledger
+from paper_figures.ledger import to_table
+from paper_figures.sources import Shelf
 from tests.experiments.measured import NAMES, config, small_rows, verdicts
 from tests.paper_figures.drawn import finished_run, parquet
 
 NAME = NAMES[0]
+
+
+def ledger(results: Path, reference: Path) -> pd.DataFrame:
+    lines, _, complaints = told_ledger(Shelf(results, reference))
+    assert not complaints
+    return lines
 
 
 @pytest.fixture
@@ -66,5 +74,5 @@ def test_a_fallback_is_said(results: Path, tmp_path: Path) -> None:
 def test_damaged_verdicts_are_told_in_a_line(results: Path, tmp_path: Path) -> None:
     file = finished_run(results, NAME).parent / "verdicts.json"
     file.write_text("[{")
-    with pytest.raises(UserError, match=r"verdicts\.json: missing or damaged"):
-        ledger(results, tmp_path)
+    _, _, (complaint,) = told_ledger(Shelf(results, tmp_path))
+    assert complaint.startswith(f"{file}: missing or damaged")

@@ -1,8 +1,11 @@
 """`python -m paper_figures`: which rows are drawn, what is written, what goes wrong."""
 
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +13,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from paper_figures import __main__ as command
+from paper_figures import drawing, products
+from paper_figures.products import FIGURES
+from paper_figures.sources import HERE, Shelf
 from paper_figures.style import panels
+from src import code
+from src.results import hash_of
 from tests.experiments.measured import NAMES
 from tests.paper_figures.drawn import finished_run, parquet
 
-KINDS = {"pdf": b"%PDF", "png": b"\x89PNG", "tex": rb"\begin{tabular}", "md": b"|", "csv": b""}
+KINDS = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG", "tex": rb"\begin{tabular}", "md": b"|", "csv": b"", "json": b"{"}
 
 
 @dataclass
@@ -32,6 +40,7 @@ class Commands:
         self.reference = folder / "reference"
         self.reference.mkdir()
         monkeypatch.setattr(command, "HERE", folder)
+        monkeypatch.setattr(drawing, "workers", lambda _: 1)
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
     def __call__(self, *names: str) -> Answer:
@@ -42,11 +51,6 @@ class Commands:
         return Answer(code, captured.out, captured.err.splitlines())
 
 
-@pytest.fixture
-def real_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
-    return Commands(tmp_path, monkeypatch, capsys)
-
-
 def small_figure(rows: pd.DataFrame) -> Figure:
     with panels(rows, count=1, columns=1, height=1) as (figure, (axis,)):
         axis.plot(rows["value"].head())
@@ -54,24 +58,26 @@ def small_figure(rows: pd.DataFrame) -> Figure:
 
 
 @pytest.fixture
-def run(real_figures: Commands, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """The same with figures that are drawn in a moment."""
-    for name in NAMES:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
+    """Figures are drawn in a moment, and the overview's table too, for a tiny run lacks what it shows."""
+    for name in FIGURES:
         monkeypatch.setattr(f"paper_figures.{name}.draw", small_figure)
-    return real_figures
+    monkeypatch.setattr("paper_figures.overview.table", lambda rows: rows[["quantity", "value"]].head())
+    return Commands(tmp_path, monkeypatch, capsys)
 
 
 def test_every_figure_has_a_module() -> None:
-    assert sorted(command.FIGURES) == sorted(NAMES)
+    assert sorted(FIGURES) == sorted(["overview", *NAMES])
+    assert all((HERE / f"{name}.py").is_file() for name in products.NAMES)
 
 
-def test_without_names_every_figure_and_table_is_written(real_figures: Commands) -> None:
-    run = real_figures
+def test_without_names_everything_is_written(run: Commands) -> None:
     sources = [finished_run(run.results, name) for name in NAMES]
     answer = run()
     assert (answer.code, answer.errors) == (0, [])
-    tables = {f"ledger.{kind}" for kind in ("tex", "md", "csv")}
-    assert {file.name for file in run.out.iterdir()} == tables | {f"{name}.{kind}" for name in NAMES for kind in KINDS}
+    tables = {f"{name}.{kind}" for name in products.TABLES for kind in ("tex", "md", "csv", "json")}
+    figures = {f"{name}.{kind}" for name in FIGURES for kind in KINDS}
+    assert {file.name for file in run.out.iterdir()} == {*tables, *figures, "numbers.tex", "numbers.json", "index.html"}
     for name, source in zip(NAMES, sources, strict=True):
         for kind, start in KINDS.items():
             file = run.out / f"{name}.{kind}"
@@ -99,11 +105,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(run: Commands) -> None:
 def test_a_name_like_no_other_is_answered_with_all(run: Commands) -> None:
     answer = run("zzz")
     assert answer.code == 2
-    assert answer.errors == [f"error: no figure 'zzz'; there are {', '.join(NAMES)}, ledger"]
+    assert answer.errors == [f"error: no figure or table 'zzz'; there are {', '.join(products.NAMES)}, page, wandb"]
 
 
 def test_without_any_rows_each_figure_is_told_in_a_line(run: Commands) -> None:
-    answer = run()
+    answer = run(*NAMES)
     assert answer.code == 1
     assert len(answer.errors) == len(NAMES)
     for name, line in zip(NAMES, answer.errors, strict=True):
@@ -113,7 +119,7 @@ def test_without_any_rows_each_figure_is_told_in_a_line(run: Commands) -> None:
 
 def test_figures_with_rows_are_drawn_though_others_have_none(run: Commands) -> None:
     finished_run(run.results, NAMES[1])
-    answer = run()
+    answer = run(*NAMES, "ledger")
     assert answer.code == 1
     assert [line.split(":")[1].strip() for line in answer.errors] == [name for name in NAMES if name != NAMES[1]]
     assert {file.stem for file in run.out.iterdir()} == {NAMES[1], "ledger"}
@@ -181,3 +187,93 @@ def test_committed_rows_are_drawn_where_there_is_no_run(run: Commands) -> None:
     assert str(reference) in answer.out
     own = finished_run(run.results, NAMES[0])
     assert str(own) in run(NAMES[0]).out
+
+
+def with_commit(rows: bytes, commit: str) -> pd.DataFrame:
+    return pd.read_parquet(BytesIO(rows)).assign(commit=commit)
+
+
+def test_rows_of_two_commits_are_refused_in_a_line_or_called_out(run: Commands) -> None:
+    source = finished_run(run.results, NAMES[0])
+    pd.concat([with_commit(parquet(NAMES[0]), letter * 40) for letter in "ab"]).to_parquet(source)
+    answer = run(NAMES[0])
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert f"{source}: its rows mix commits aaaaaaa, bbbbbbb" in answer.errors[0]
+    assert "--mixed" in answer.errors[0]
+    assert not run.out.exists()
+    assert run(NAMES[0], "--mixed").code == 0
+    assert "MIXED commits aaaaaaa, bbbbbbb" in (run.out / f"{NAMES[0]}.svg").read_text()
+    assert json.loads((run.out / f"{NAMES[0]}.json").read_text())["command"].endswith("--mixed")
+
+
+@pytest.mark.parametrize("column", ["data", "scale", "commit"])
+def test_the_overview_and_the_numbers_refuse_runs_that_are_not_alike(run: Commands, column: str) -> None:
+    for name in NAMES:
+        finished_run(run.results, name)
+    other = run.results / "certificate/digits/smoke/seed0-a-run/rows.parquet"
+    pd.read_parquet(other).assign(**{column: "another"}).to_parquet(other)
+    answer = run("overview", "numbers", "ledger")
+    assert [line.split(":")[1].strip() for line in answer.errors] == ["overview", "numbers"]
+    assert all("another" in line for line in answer.errors)
+    assert {file.stem for file in run.out.iterdir()} == {"ledger"}
+
+
+def test_rows_without_what_is_shown_are_told_in_a_line(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = finished_run(run.results, NAMES[0])
+    monkeypatch.setattr(f"paper_figures.{NAMES[0]}.draw", lambda rows: rows["a column that no rows have"])
+    answer = run(NAMES[0])
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert f"{source}: partial, its rows lack what is shown (KeyError" in answer.errors[0]
+
+
+def test_rows_without_their_stamp_are_told_in_a_line(run: Commands) -> None:
+    source = finished_run(run.results, NAMES[0])
+    pd.read_parquet(source).drop(columns=["commit", "root_seed"]).to_parquet(source)
+    answer = run(NAMES[0])
+    assert f"{source}: partial, it lacks the columns commit, root_seed" in answer.errors[0]
+
+
+def test_damaged_verdicts_spoil_their_own_lines_of_the_ledger_alone(run: Commands) -> None:
+    damaged = finished_run(run.results, NAMES[0]).parent / "verdicts.json"
+    damaged.write_text("[{")
+    finished_run(run.results, NAMES[1])
+    answer = run("ledger")
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert str(damaged) in answer.errors[0]
+    lines = pd.read_csv(run.out / "ledger.csv")
+    assert set(lines.loc[lines["claim"].str.startswith(f"{NAMES[0]}/"), "verdict"]) == {"not measured"}
+    assert "not measured" not in set(lines.loc[lines["claim"].str.startswith(f"{NAMES[1]}/"), "verdict"])
+
+
+def test_the_sidecar_tells_rows_config_code_and_command(run: Commands) -> None:
+    source = finished_run(run.results, NAMES[0])
+    run(NAMES[0])
+    told = json.loads((run.out / f"{NAMES[0]}.json").read_text())
+    assert told["command"].startswith(f"python -m paper_figures {NAMES[0]} --results ")
+    assert told["code"] == code.commit()
+    (rows,) = told["rows"]
+    assert rows["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert (rows["runs"][0]["run"], rows["runs"][0]["commit"], rows["config"]) == ("a-run", "0" * 40, None)
+    for name, digest in told["files"].items():
+        assert hashlib.sha256((run.out / name).read_bytes()).hexdigest() == digest
+    assert set(told["files"]) == {f"{NAMES[0]}.{kind}" for kind in KINDS if kind != "json"}
+
+
+def test_the_config_of_committed_rows_is_todays_where_its_hash_names_their_run() -> None:
+    source = Shelf(Path("nowhere"), HERE / "reference").newest("wide_layers")
+    rows = source.read()
+    assert hash_of(source.settings(rows)) == rows["run"].iloc[0]
+    assert source.settings(rows.assign(run="another")) is None
+
+
+def test_what_several_processes_draw_is_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of their own against this one, byte for byte: PDF, SVG, PNG, TeX and the sidecar."""
+    names = ["chain_rule", "numbers"]
+    shelf = Shelf(tmp_path, HERE / "reference")
+    monkeypatch.setattr(drawing, "workers", lambda _: 2)
+    assert drawing.draw_all(names, shelf, tmp_path / "two", mixed=False, page=False) == 0
+    monkeypatch.setattr(drawing, "workers", lambda _: 1)
+    assert drawing.draw_all(names, shelf, tmp_path / "one", mixed=False, page=False) == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+    assert {f"chain_rule.{kind}" for kind in KINDS} | {"numbers.tex", "numbers.json"} == set(files)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()} == files
