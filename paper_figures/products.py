@@ -12,7 +12,7 @@ from src.errors import UserError
 # a table of all claims, by the module that makes it: each has `table(shelf)`
 TABLES = ("ledger", "published", "zoo", "cost")
 FIGURES = ("overview", *EXPERIMENTS)
-NAMES = (*FIGURES, *TABLES, "numbers")
+NAMES = (*FIGURES, *TABLES, "numbers", "summary")
 
 
 def produce(name: str, shelf: Shelf, mixed: bool) -> Product:

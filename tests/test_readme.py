@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from paper_figures.products import FIGURES, TABLES
+from paper_figures.summary import committed
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA_ROOT = os.environ.get("DATA_ROOT")
@@ -24,7 +27,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     """Every `python -m src…` and `python -m paper_figures` of the README, without what follows a #."""
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    parts = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    lines = [shlex.split(part, comments=True) for part in parts]
     ours = [line for line in lines if line[:2] == ["python", "-m"] and line[2].split(".")[0] in ("src", "paper_figures")]
     return list({tuple(line): line for line in ours}.values())
 
@@ -47,6 +51,7 @@ def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
         return [*command, "--data", "digits", "--samples", "1"]
     if module == "paper_figures":
         return [*command, "--results", str(results), "--out", str(out)]
+    command = [argument for argument in command if not argument.startswith("scale=")]
     if not any(argument.startswith("experiment=") for argument in command):
         return command
     if any(argument.startswith("cluster=") for argument in command):
@@ -57,10 +62,10 @@ def within_the_test(command: list[str], results: Path, out: Path) -> list[str]:
     return [*command, f"results_dir={results}", *small, *OFFLINE]
 
 
-def answer(arguments: list[str]) -> str:
-    """What a command prints; it must succeed."""
+def answer(arguments: list[str], code: int = 0) -> str:
+    """What a command prints; it must succeed, or exit with the code expected of it."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -68,8 +73,8 @@ def test_the_commands_are_found() -> None:
     modules = [command[2] for command in commands()]
     assert {"src.run", "src.data", "src.certify", "src.sweep", "paper_figures"} == set(modules)
     assert not any("#" in argument for command in commands() for argument in command)
-    mentioned = [line for line in README.splitlines() if re.match(r"python -m (src|paper_figures)", line)]
-    assert len({line.split("#")[0].strip() for line in mentioned}) == len(modules)
+    mentioned = [part for line in README.splitlines() if re.match(r"python -m (src|paper_figures)", line) for part in line.split("&&")]
+    assert len({part.split("#")[0].strip() for part in mentioned}) == len(modules)
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -78,11 +83,16 @@ def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> No
         pytest.skip("DATA_ROOT is not set: fetching would download")
     if {"data=cifar10", "cifar10"} & set(command) and not (DATA_ROOT and (Path(DATA_ROOT) / "cifar-10-batches-py").is_dir()):
         pytest.skip("no CIFAR-10 under DATA_ROOT: fetching would download")
+    if "--check" in command:  # after smoke runs on the digits there is nothing to compare the reference with
+        told = answer(within_the_test(command, results, tmp_path)[1:], code=2)
+        assert "other data set and scale: runs on digits at smoke, reference on mnist at quick; not compared" in told
+        return
     printed = answer(within_the_test(command, results, tmp_path)[1:])
     assert printed.strip()
     if command[2] == "paper_figures":
         names = command[3:]
-        kinds = {name: ("tex", "md", "csv") if name == "ledger" else ("pdf", "png", "tex", "md", "csv") for name in names}
+        table = ("tex", "md", "csv", "json")
+        kinds = {name: table if name == "ledger" else ("pdf", "svg", "png", *table) for name in names}
         assert {file.name for file in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in kinds[name]}
         assert all(str(file) in printed for file in tmp_path.iterdir())
 
@@ -102,3 +112,15 @@ def test_the_python_blocks_run(place: int, told: str) -> None:
 def test_every_experiment_and_figure_stands_in_the_readme() -> None:
     for file in (ROOT / "conf/experiment").glob("*.yaml"):
         assert f"`experiment={file.stem}`" in README
+    for name in (*FIGURES, *TABLES, "numbers"):
+        assert f"| `python -m paper_figures {name}` | `paper_figures/{name}.py` |" in README
+
+
+def test_the_ledger_of_the_readme_is_that_of_the_committed_rows() -> None:
+    assert committed() in README, "write what `python -m paper_figures summary` makes between the marks"
+
+
+def test_every_picture_of_the_readme_is_committed_and_all_are_small() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert set(pictures) == {file.relative_to(ROOT).as_posix() for file in (ROOT / "paper_figures/reference").glob("*.png")}
+    assert sum((ROOT / picture).stat().st_size for picture in pictures) < 3e6

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from paper_figures.mirror import show_mirror
 from src import checkpoint
 from src import rows as row_table
+from src.errors import UserError
 from src.experiment import Context
 from src.rows import Row
 from tests.conftest import ROOT, CommandLine
@@ -153,6 +156,60 @@ def test_tables_of_layers_and_of_verdicts(mirrored: Mirrored) -> None:
     for table in layers:
         assert {"sample", "stage", "norm", "rank", "cond", "error_norm", "grad_norm"} <= set(table)
         assert len(table) == 2 * 4  # samples × stages of the deepest nets
+
+
+def compared(mirrored: Mirrored, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    for name, value in mirrored.environment().items():
+        if name.startswith("WANDB_"):
+            monkeypatch.setenv(name, value)
+    return show_mirror(mirrored.place / "results", out)
+
+
+def test_the_tables_made_from_the_mirror_alone_are_those_of_the_run_folder(
+    mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(mirrored, tmp_path, monkeypatch) == 0
+    assert "its tables are those of the run folder" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "wandb.csv")["claim"].str.startswith("vanishing_products/").all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("verdicts.json", lambda text: text.replace(b'"n": 2', b'"n": 3', 1), "differs in verdicts.json, the ledger"),
+        ("provenance.json", lambda text: text.replace(b'"wall_time_s": ', b'"wall_time_s": 9'), "differs in provenance.json, the cost"),
+        ("rows.parquet", lambda content: content[:100], "damaged"),
+    ],
+)
+def test_a_run_folder_that_differs_from_its_mirror_is_told(
+    mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, change, told: str
+) -> None:
+    file = mirrored.folder / name
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    try:
+        assert file.read_bytes() != before
+        assert compared(mirrored, tmp_path, monkeypatch) == 1
+    finally:
+        file.write_bytes(before)
+    assert told in capsys.readouterr().err
+
+
+def test_a_finished_run_without_its_mirror_is_told(
+    mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = mirrored.folder.with_name("seed5-lost")
+    shutil.copytree(mirrored.folder, lost)
+    try:
+        assert compared(mirrored, tmp_path, monkeypatch) == 1
+    finally:
+        shutil.rmtree(lost)
+    assert f"{lost}: finished with tracker=offline, but W&B has no run of it" in capsys.readouterr().err
+
+
+def test_without_offline_runs_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no offline runs"):
+        show_mirror(tmp_path, tmp_path)
 
 
 def history(records: list[dict[str, Any]]) -> set[str]:

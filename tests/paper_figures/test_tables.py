@@ -1,0 +1,128 @@
+"""The tables of published numbers, the zoo, the cost, the macros and the summary, on the committed rows and on made ones."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from paper_figures import cost, numbers, published, summary, zoo
+from paper_figures.ledger import ledger
+from paper_figures.sources import HERE, Shelf
+from src.rows import pick
+from tests.experiments.measured import NAMES
+from tests.paper_figures.drawn import finished_run, parquet
+from tests.paper_figures.test_check import verdict
+
+REFERENCE = Shelf(Path("nowhere"), HERE / "reference")
+
+
+def csv(product, tmp_path: Path) -> pd.DataFrame:
+    (tmp_path / "table.csv").write_text(product.contents["csv"])
+    return pd.read_csv(tmp_path / "table.csv")
+
+
+def test_published_numbers_stand_beside_measured_ones_or_not_run(tmp_path: Path) -> None:
+    lines = csv(published.product(REFERENCE, mixed=False), tmp_path).set_index(["form", "what"])
+    assert lines.loc[("published_resnets", "ResNet-110, test error, %"), "published"] == "6.43"
+    not_run = lines["verdict"] == published.NOT_RUN
+    assert not_run.loc[["published_resnets", "published_plain_110", "published_mlp", "published_greedy_cnn", "published_error"]].all()
+    assert lines.loc[not_run, "measured"].isna().all()
+    rate = lines.loc["large_batch_rate"].iloc[0]
+    (entry,) = (v for v in REFERENCE.newest("batchnorm_stabilization").judged() if v.claim.endswith("large_batch_rate"))
+    assert (rate["measured"], rate["source"], rate["scale"]) == (pytest.approx(entry.estimate), "Yang et al. 2019", "quick")
+
+
+def test_every_citing_form_has_its_line(tmp_path: Path) -> None:
+    lines = csv(published.product(REFERENCE, mixed=False), tmp_path)
+    told = set(lines["experiment"] + "/" + lines["form"])
+    assert set(published.cited()) <= told
+    assert {reported.form for reported in published.REPORTED} <= told
+
+
+def test_an_accuracy_measured_as_published_is_told_with_its_interval(tmp_path: Path) -> None:
+    source = REFERENCE.newest("residual_unlock")
+    rows = source.read()
+    trained = pick(rows, "test_accuracy", part="training", depth=66).assign(part="published", depth=110, skip="none", data="cifar10")
+    line = published._accuracy(next(r for r in published.REPORTED if r.net == "plain-110"), [(trained, source.judged())])
+    assert line["measured"] == pytest.approx(100 * (1 - trained["value"].mean()))
+    assert line["lo"] < line["measured"] < line["hi"]
+    assert line["verdict"] == "inconclusive"
+
+
+def test_the_zoo_has_a_line_an_architecture_and_tells_readings_as_they_are() -> None:
+    rows = REFERENCE.newest("certificate").read()
+    table = zoo.table(rows)
+    assert len(table) == len(pick(rows, "accuracy"))
+    assert (table["skip depth"] >= 1).all()
+    assert (table["max cond J_l"] >= 1).all()
+    assert table["mean λ"].between(0, 1).all()
+
+
+def test_the_cost_is_that_of_the_provenance_or_said_to_be_unknown(tmp_path: Path) -> None:
+    source = REFERENCE.newest("wide_layers")
+    (line,) = cost.table([(source, source.read())]).to_dict("records")
+    told = json.loads(source.provenance.read_text())
+    assert (line["wall time (s)"], line["trainings"]) == (told["wall_time_s"], len(told["training_seconds"]))
+    assert line["of it training (s)"] == pytest.approx(sum(told["training_seconds"].values()), abs=0.05)
+    finished_run(tmp_path, NAMES[0])
+    own = Shelf(tmp_path, tmp_path).newest(NAMES[0])
+    (line,) = cost.table([(own, own.read())]).to_dict("records")
+    assert np.isnan(line["wall time (s)"])
+    assert line["device"] == cost.UNKNOWN
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_provenance_is_that_of_the_committed_rows(name: str) -> None:
+    source = REFERENCE.newest(name)
+    run, told = source.read().iloc[0], source.told()
+    assert told is not None
+    assert (told["commit"], told["dirty"], told["data"], told["seed"]) == (run["commit"], run["dirty"], run["data"], run["root_seed"])
+    assert "/tmp" not in source.provenance.read_text()
+
+
+def test_macros_are_ascii_letters_and_each_is_defined_once() -> None:
+    text = numbers.product(REFERENCE, mixed=False).contents["tex"]
+    defined = re.findall(r"^\\newcommand\{\\(bl[A-Za-z]+)\}\{(.+)\}$", text, re.MULTILINE)
+    assert text.isascii()
+    assert len(defined) == len({name for name, _ in defined}) == text.count("\\newcommand")
+    values = dict(defined)
+    forms = sum(len(REFERENCE.newest(name).judged()) for name in NAMES)
+    assert values["blForms"] == rf"\ensuremath{{{forms}}}"
+    (entry,) = (v for v in REFERENCE.newest("residual_unlock").judged() if v.claim == "residual_unlock/doubling")
+    assert values["blResidualUnlockDoubling"] == rf"\ensuremath{{{entry.estimate:.4g}}}"
+    assert values["blResidualUnlockDoublingVerdict"] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (None, rf"\ensuremath{{{numbers.UNBOUNDED}}}"),
+        (3, r"\ensuremath{3}"),
+        (-0.25, r"\ensuremath{-0.25}"),
+        (6.334e-16, r"\ensuremath{6.334\times 10^{-16}}"),
+    ],
+)
+def test_a_number_in_latex(value: float | None, told: str) -> None:
+    assert numbers.number(value) == told
+
+
+def test_two_forms_with_one_macro_are_refused() -> None:
+    with pytest.raises(ValueError, match="another form has the macro"):
+        list(numbers.macros([verdict(), verdict()]))
+
+
+def test_digits_in_names_become_words() -> None:
+    assert numbers.macro("residual_unlock/published_plain_110") == r"\blResidualUnlockPublishedPlainOneOneZero"
+
+
+def test_the_summary_counts_every_form_once(tmp_path: Path) -> None:
+    lines, _, _ = ledger(REFERENCE)
+    text = summary.summary(lines)
+    assert text.count("\n| `") == (lines["form"] == "as_stated").sum() + lines["claim"].str.partition("/")[0].nunique()
+    total = next(line for line in text.splitlines() if line.startswith("| all "))
+    assert sum(map(int, total.split("|")[2:-1])) == (lines["form"] == "precise").sum()
+    (tmp_path / f"{NAMES[0]}.parquet").write_bytes(parquet(NAMES[0]))
+    assert summary.summary(lines.assign(verdict="holds")) != text
