@@ -115,7 +115,7 @@ def told(compared: Sequence[tuple[Verdict, Verdict | None]]) -> pd.DataFrame:
     lines = []
     for reference, run in compared:
         word, why = compare(reference, run, len(compared))
-        line = {"claim": reference.claim, "form": reference.form, "told": word, "why": why}
+        line: dict[str, object] = {"claim": reference.claim, "form": reference.form, "told": word, "why": why}
         for of, verdict in (("reference", reference), ("run", run)):
             line |= {
                 of: phrase(verdict.verdict, verdict.condition) if verdict else "–",

@@ -205,7 +205,7 @@ def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: st
     deeper = costs[costs["hidden"] > 0]
     axis.plot([1] * len(deeper), deeper[column], "_", color="C0", markersize=9)
     for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
-        beside = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        beside: dict[str, Any] = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
         axis.annotate(f"+{hidden} hidden", (1, value), fontsize=6, color="C0", **beside)
     axis.axhline(1, color="k", linewidth=0.9)
     axis.set_xticks(_sizes(costs))

@@ -165,7 +165,7 @@ def _verdicts(place: Path) -> list[Verdict]:
 def _verdict(entry: Mapping[str, Any]) -> Verdict:
     """A verdict from a line of the table, where NaN stands for what is not there."""
     there = {column: None if isinstance(value, float) and math.isnan(value) else value for column, value in entry.items()}
-    return Verdict.of({**there, "interval": ast.literal_eval(there["interval"])})
+    return Verdict.of({**there, "interval": ast.literal_eval(str(there["interval"]))})
 
 
 def _file(source: Source, name: str) -> Path:

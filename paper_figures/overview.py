@@ -4,6 +4,7 @@ Its rows are those of nine experiments; black lines are predictions, points sing
 """
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from src.prediction import association
 from src.rows import pick
 from src.statistics import paired_difference, t_interval
 
+Depths = TypeVar("Depths", float, np.ndarray)
 SOLUTIONS = ("residual_unlock", "batchnorm_stabilization", "wide_layers", "deep_supervision")
 EXPERIMENTS = (
     *("vanishing_products", "rank_bottleneck", "sigmoid_saturation", "information_bottleneck"),
@@ -29,7 +31,7 @@ EXPERIMENTS = (
 LOCKED = 1.3  # σw² of the locked tanh chains
 LOGISTIC = 1.0  # σw² of the logistic ones, σb² = 0
 REACH = 6  # a chain is locked where −L ln χ exceeds it (Schoenholz et al. 2017)
-PREDICTION = {"color": "k", "linewidth": 0.8}
+PREDICTION: dict[str, Any] = {"color": "k", "linewidth": 0.8}
 READINGS = {
     "attenuation": "∏‖J$_l$‖",
     "rank": "min rank J$_l$",
@@ -208,7 +210,7 @@ def _at(nets: pd.DataFrame, depth: float) -> pd.Series:
     return nets.loc[nets["depth"] == depth, "value"]
 
 
-def _halved(depth: float) -> float:
+def _halved(depth: Depths) -> Depths:
     """The prediction of ln ‖g_1‖/‖g_{L−1}‖ in a plain ReLU chain with σw² = 1: χ = ½."""
     return -(depth - 2) * np.log(2) / 2
 
@@ -304,7 +306,7 @@ def _seeds(axis: Axes, nets: pd.DataFrame, x: str, k: int, label: str | None = N
     found = {at: t_interval(values) for at, values in nets.groupby(x)["value"]}
     means = np.array([estimate.value for estimate in found.values()])
     errors = [[e.value - e.lo for e in found.values()], [e.hi - e.value for e in found.values()]]
-    look = {"color": f"C{k}", "linestyle": "none", "elinewidth": 0.9, "markersize": 3.5, "markerfacecolor": "w"}
+    look: dict[str, Any] = {"color": f"C{k}", "linestyle": "none", "elinewidth": 0.9, "markersize": 3.5, "markerfacecolor": "w"}
     axis.errorbar(list(found), means, errors, marker=MARKERS[k], label=label or "measured", **look)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import pandas as pd
 
@@ -9,6 +10,7 @@ from paper_figures.sidecar import Product, tabular
 from paper_figures.sources import EXPERIMENTS, Shelf, Source, require_one
 from src.errors import UserError
 
+Made = TypeVar("Made")
 # a table of all claims, by the module that makes it: each has `table(shelf)`
 TABLES = ("ledger", "published", "zoo", "cost")
 FIGURES = ("overview", *EXPERIMENTS)
@@ -50,7 +52,7 @@ def _drawn(name: str, sources: Sequence[tuple[Source, pd.DataFrame]], mixed: boo
     return Product({**images, **tabular(table)}, sources)
 
 
-def _or_partial(files: str, make: Callable):
+def _or_partial(files: str, make: Callable[[], Made]) -> Made:
     """What is made of rows; that they lack what is shown is told with their file."""
     try:
         return make()

@@ -88,7 +88,7 @@ def cited() -> dict[str, str]:
 def _accuracy(reported: Reported, verdicts: list[tuple[pd.DataFrame, list[Verdict]]]) -> dict[str, object]:
     """A published accuracy, and what nets of the same kind reached on the same data."""
     experiment, _, name = reported.form.partition("/")
-    line = {
+    line: dict[str, object] = {
         "experiment": experiment,
         "form": name,
         "source": reported.source,

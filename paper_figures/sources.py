@@ -125,8 +125,8 @@ class Shelf:
 
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""
-        kinds = ("parquet", "json", "provenance.json")
-        return Source(experiment, *(self.reference / f"{experiment}.{kind}" for kind in kinds), None)
+        rows, verdicts, provenance = (self.reference / f"{experiment}.{kind}" for kind in ("parquet", "json", "provenance.json"))
+        return Source(experiment, rows, verdicts, provenance, None)
 
 
 def of_folder(folder: Path) -> Source:
