@@ -97,7 +97,7 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     for part, dash in PARTS.items():
         _curves(axis, pick(rows, "test_accuracy", part=part), dash)
     axis.axvline(rows["classes"].max() - 1, color="k", linewidth=0.7, linestyle=":", zorder=0)
-    axis.set(ylabel="test accuracy", ylim=(0, 1), xlabel="r: units of code, directions of filter")
+    axis.set(ylabel="test accuracy", ylim=(0, 1), xlabel="r: code units, or filter directions")
     title(axis, "a code, or a gradient filter")
     axis.legend(handles=_dashes(PARTS), loc="lower right")
 

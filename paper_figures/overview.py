@@ -123,8 +123,8 @@ def _locked(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.6)
         axis.plot(relative.index, relative.mean(axis=1), DASHES[k], color=f"C{k}", label=f"tanh, σw² = {weight_var:g}")
         chi = mean_field.chi("tanh", weight_var, bias_var)
-        axis.plot(relative.index, (top - relative.index) * np.log(chi) / 2, **PREDICTION)
-    axis.plot([], [], label="mean field: ½(L−1−l) ln χ", **PREDICTION)
+        label = "mean field: ½(L−1−l) ln χ" if k else None
+        axis.plot(relative.index, (top - relative.index) * np.log(chi) / 2, label=label, **PREDICTION)
     axis.set(xlabel="layer l (the loss is on the right)", ylabel="ln ‖g$_l$‖/‖g$_{L-1}$‖ (nats)")
     axis.legend(loc="lower right")
     title(axis, "locked: the first layers hear least of the loss")

@@ -48,8 +48,8 @@ def test_the_table_is_drawn_from_the_rows_alone(name: str, tmp_path: Path) -> No
 def test_nothing_of_the_committed_figures_is_cut_off_or_runs_into_the_next(name: str) -> None:
     rows = [row_table.read(HERE / "reference" / f"{part}.parquet") for part in (EXPERIMENTS if name == "overview" else [name])]
     figure = draw(name, pd.concat(rows))
-    check_panels(figure)
     figure.draw_without_rendering()
+    assert all(axis.has_data() for axis in figure.axes)
     words = [text for axis in figure.axes for text in (axis.xaxis.label, axis.yaxis.label, axis.get_legend(), *axis.texts) if text]
     boxes = [text.get_window_extent() for text in words]
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from paper_figures import __main__ as command
 from paper_figures import drawing, products
 from paper_figures.products import FIGURES
-from paper_figures.sources import HERE, Shelf
+from paper_figures.sources import HERE, Shelf, mixture
 from paper_figures.style import panels
 from src import code
 from src.results import hash_of
@@ -77,7 +77,15 @@ def test_without_names_everything_is_written(run: Commands) -> None:
     assert (answer.code, answer.errors) == (0, [])
     tables = {f"{name}.{kind}" for name in products.TABLES for kind in ("tex", "md", "csv", "json")}
     figures = {f"{name}.{kind}" for name in FIGURES for kind in KINDS}
-    assert {file.name for file in run.out.iterdir()} == {*tables, *figures, "numbers.tex", "numbers.json", "index.html"}
+    assert {file.name for file in run.out.iterdir()} == {
+        *tables,
+        *figures,
+        "numbers.tex",
+        "numbers.json",
+        "summary.md",
+        "summary.json",
+        "index.html",
+    }
     for name, source in zip(NAMES, sources, strict=True):
         for kind, start in KINDS.items():
             file = run.out / f"{name}.{kind}"
@@ -207,11 +215,18 @@ def test_rows_of_two_commits_are_refused_in_a_line_or_called_out(run: Commands) 
 
 
 @pytest.mark.parametrize("column", ["data", "scale", "commit"])
-def test_the_overview_and_the_numbers_refuse_runs_that_are_not_alike(run: Commands, column: str) -> None:
+def test_what_rows_of_one_figure_may_not_differ_in(column: str) -> None:
+    rows = pd.read_parquet(BytesIO(parquet(NAMES[0]))).head(2)
+    assert mixture([rows, rows.assign(root_seed=5, run="another")]) == ""
+    assert "another" in mixture([rows, rows.assign(**{column: "another"})])
+    assert "with changes" in mixture([rows, rows.assign(dirty=True)])
+
+
+def test_the_overview_and_the_numbers_refuse_runs_that_are_not_alike(run: Commands) -> None:
     for name in NAMES:
         finished_run(run.results, name)
     other = run.results / "certificate/digits/smoke/seed0-a-run/rows.parquet"
-    pd.read_parquet(other).assign(**{column: "another"}).to_parquet(other)
+    pd.read_parquet(other).assign(scale="another").to_parquet(other)
     answer = run("overview", "numbers", "ledger")
     assert [line.split(":")[1].strip() for line in answer.errors] == ["overview", "numbers"]
     assert all("another" in line for line in answer.errors)
