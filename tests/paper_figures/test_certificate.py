@@ -61,7 +61,7 @@ def test_every_title_carries_the_correlation_of_its_panel(tmp_path: Path) -> Non
     axes = draw(NAME, rows).axes
     for axis, reading in zip(axes, figure_module.SHOWN, strict=False):
         rho = lines.loc[figure_module.NAMES[reading], "ρ"]
-        assert f"ρ = {rho:.2f}" in axis.get_title(loc="left")
+        assert f"ρ = {rho:.2f}".replace("-", "−") in axis.get_title(loc="left")
 
 
 @pytest.mark.parametrize("reading", figure_module.SHOWN)
