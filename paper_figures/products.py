@@ -12,7 +12,7 @@ from src.errors import UserError
 
 Made = TypeVar("Made")
 # a table of all claims, by the module that makes it: each has `table(shelf)`
-TABLES = ("ledger", "published", "zoo", "cost")
+TABLES = ("ledger", "seeds", "published", "zoo", "cost")
 FIGURES = ("overview", *EXPERIMENTS)
 NAMES = (*FIGURES, *TABLES, "numbers", "summary")
 

@@ -123,6 +123,12 @@ class Shelf:
         committed = self.committed(experiment)
         return [of_folder(folder) for _, folder in sorted(newest.items())] or ([committed] if committed.rows.exists() else [])
 
+    def every(self, experiment: str) -> list[Source]:
+        """All finished runs of an experiment, oldest first, else the committed rows, else nothing."""
+        committed = self.committed(experiment)
+        runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
+        return runs or ([committed] if committed.rows.exists() else [])
+
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""
         rows, verdicts, provenance = (self.reference / f"{experiment}.{kind}" for kind in ("parquet", "json", "provenance.json"))

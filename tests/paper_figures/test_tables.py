@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_figures import cost, numbers, published, summary, zoo
+from paper_figures import cost, numbers, published, seeds, summary, zoo
 from paper_figures.ledger import ledger
 from paper_figures.sources import HERE, Shelf
 from src.rows import pick
@@ -50,6 +50,25 @@ def test_an_accuracy_measured_as_published_is_told_with_its_interval(tmp_path: P
     assert line["measured"] == pytest.approx(100 * (1 - trained["value"].mean()))
     assert line["lo"] < line["measured"] < line["hi"]
     assert line["verdict"] == "inconclusive"
+
+
+def test_verdicts_are_counted_over_all_runs(tmp_path: Path) -> None:
+    name = NAMES[0]
+    files = [finished_run(tmp_path / "results", name, run).with_name("verdicts.json") for run in ("a", "b", "c")]
+    told = json.loads(files[2].read_text())
+    word = told[0]["verdict"]
+    told[0] |= {"verdict": "inconclusive" if word != "inconclusive" else "holds", "estimate": -7.0}
+    files[2].write_text(json.dumps(told))
+    product = seeds.product(Shelf(tmp_path / "results", tmp_path / "nowhere"), mixed=False)
+    lines = csv(product, tmp_path).set_index("claim")
+    assert len(product.sources) == 3
+    assert lines["runs"].eq(3).all()
+    assert lines[["holds", "holds_if", "refuted", "inconclusive"]].sum(axis=1).eq(3).all()
+    changed = lines.loc[told[0]["claim"]]
+    assert (changed[word], changed[told[0]["verdict"]], changed["estimate, min"]) == (2, 1, -7.0)
+    files[1].write_text("{")
+    damaged = seeds.product(Shelf(tmp_path / "results", tmp_path / "nowhere"), mixed=False)
+    assert (len(damaged.sources), len(damaged.complaints)) == (2, 1)
 
 
 def test_the_zoo_has_a_line_an_architecture_and_tells_readings_as_they_are() -> None:
