@@ -14,8 +14,9 @@ from pathlib import Path
 from src.results import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-# what decides a run
+# what decides a run; who runs it where, and who is told of it, doesn't
 SOURCES = ("src/**/*.py", "experiments/**/*.py", "paper_figures/*.py", "conf/**/*.yaml")
+INDECISIVE = ("conf/cluster", "conf/tracker")
 # in the environment of a submitted run: what `commit` answers, as JSON
 SUBMITTED = "BACKLOCK_SUBMITTED"
 
@@ -42,13 +43,15 @@ def commit() -> dict[str, object]:
     """
     if submitted := os.environ.get(SUBMITTED):
         return json.loads(submitted)
-    return {"commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
+    return {"commit": _git("rev-parse", "HEAD").strip() or "unknown", "dirty": bool(_git("status", "--porcelain"))}
 
 
 def fingerprint(root: Path) -> str:
-    """The first ten hexadecimal digits of sha256 over the names and contents of the sources."""
+    """The first ten hexadecimal digits of sha256 over the names and contents of the sources that decide a run."""
     digest = hashlib.sha256()
     for file in _sources(root):
+        if file.relative_to(root).as_posix().startswith(INDECISIVE):
+            continue
         digest.update(f"{file.relative_to(root).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:10]
 
@@ -85,7 +88,8 @@ def _copy(copy: Path) -> None:
 
 
 def _sources(root: Path) -> list[Path]:
-    return sorted(file for pattern in SOURCES for file in root.glob(pattern))
+    # editors leave links to nowhere whose names begin with a dot
+    return sorted(file for pattern in SOURCES for file in root.glob(pattern) if file.is_file() and not file.name.startswith("."))
 
 
 def _difference() -> str:
@@ -93,7 +97,7 @@ def _difference() -> str:
     new = _git("ls-files", "--others", "--exclude-standard", "--", *(pattern.partition("/")[0] for pattern in SOURCES)).splitlines()
     # git says 1 when files differ
     patches = [_git("diff", "HEAD", "--binary"), *(_git("diff", "--no-index", "--binary", "/dev/null", file, code=1) for file in new)]
-    return "".join(f"{patch}\n" for patch in patches if patch)
+    return "".join(patches)
 
 
 def _git(*arguments: str, code: int = 0) -> str:
@@ -102,4 +106,4 @@ def _git(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     except OSError:
         return ""
-    return done.stdout.strip() if done.returncode == code else ""
+    return done.stdout if done.returncode == code else ""

@@ -224,9 +224,8 @@ def run_experiment(config: Config) -> tuple[RunFolder, bool]:
         raise RunError(f"{config.claim.name} can't be imported: {type(error).__name__}: {error}") from error
     experiment.check(config, data)
     with ExitStack() as stack:
-        with folder.running(), _logging_to(folder.path / "log.txt"):
+        with folder.running(), _logging_to(folder.path / "log.txt"), Checkpoint(folder.checkpoint, _made_by(data, device)) as checkpoint:
             tracker = stack.enter_context(open_tracker(config, folder.id))
-            checkpoint = Checkpoint(folder.checkpoint, _made_by(data, device))
             verdicts = _carry_out(experiment, Context(config, data, device, tracker, checkpoint), folder)
         # the mirror shows a run folder that is complete
         tracker.finish(folder.path, to_frame(verdicts))

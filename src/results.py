@@ -176,6 +176,8 @@ class RunFolder:
 
     def _begin(self) -> None:
         shutil.rmtree(self._new, ignore_errors=True)
+        if self.config.force:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
         try:
             self._new.mkdir()
             write_atomically(self._new / "config.yaml", OmegaConf.to_yaml(to_plain(self.config)))
@@ -192,7 +194,8 @@ class RunFolder:
             for superseded in (self._previous, self.checkpoint):
                 shutil.rmtree(superseded, ignore_errors=True)
         elif read_status(self._previous) == "done":
-            shutil.rmtree(self._failed, ignore_errors=True)
+            for superseded in (self._failed, self.checkpoint):
+                shutil.rmtree(superseded, ignore_errors=True)
             self.path.rename(self._failed)
             self._restore()
             return self._failed / "status.json"

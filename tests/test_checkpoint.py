@@ -1,6 +1,9 @@
 """What is kept is read back as it was, or made again; never another's, never half."""
 
+import errno
 import math
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ CONTENT = {
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY", 0.0)
+    monkeypatch.setattr(module, "PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -120,3 +124,51 @@ def test_trainings_have_an_entry_each(folder: Path) -> None:
     first.drop()
     second.keep({"steps": 4})
     assert (first.load(), second.load()) == (None, {"steps": 4})
+
+
+def test_what_waits_is_written_while_nothing_new_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", math.inf)
+    written, write = threading.Event(), Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda self: (write(self), written.set()))
+    checkpoint = Checkpoint(folder, HERE)
+    checkpoint.keep("entry", 1)
+    assert not folder.exists()
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    with checkpoint:
+        assert written.wait(60)
+    assert checkpoint.load("entry") == 1
+
+
+def test_what_waits_is_written_when_the_run_is_interrupted_and_not_when_it_ends_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", math.inf)
+    with Checkpoint(folder, HERE) as checkpoint:
+        checkpoint.keep("entry", 1)
+    assert not folder.exists()
+    with suppress(KeyboardInterrupt), Checkpoint(folder, HERE) as checkpoint:
+        checkpoint.keep("entry", 1)
+        raise KeyboardInterrupt
+    assert Checkpoint(folder, HERE).load("entry") == 1
+
+
+def test_that_it_could_not_be_written_is_told_at_the_next_chance(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", math.inf)
+    failed = threading.Event()
+
+    def full(self: Checkpoint) -> None:
+        failed.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpoint, "write", full)
+    checkpoint = Checkpoint(folder, HERE)
+    checkpoint.keep("entry", 1)
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    with checkpoint:
+        assert failed.wait(60)
+        with checkpoint._lock, pytest.raises(OSError, match="No space left"):  # the other thread has let go of it
+            checkpoint.keep("entry", 2)
+
+
+def test_a_damaged_maker_is_another(folder: Path) -> None:
+    Checkpoint(folder, HERE).keep("entry", 1)
+    (folder / "made_by.json").write_bytes(b"\xff\xfe")
+    assert Checkpoint(folder, HERE).load("entry") is None

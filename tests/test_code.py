@@ -13,7 +13,12 @@ from src import code
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one module and one configuration, committed."""
     place = tmp_path / "repository"
-    for name, content in {"src/a.py": "a = 1\n", "conf/b.yaml": "b: 1\n", "notes.txt": "n\n", ".gitignore": "results/\n"}.items():
+    for name, content in {
+        "src/a.py": "a = 1\n\n\nb = 1\n",
+        "conf/b.yaml": "b: 1\n",
+        "notes.txt": "n\n",
+        ".gitignore": "results/\n",
+    }.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(content)
     who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
@@ -33,6 +38,14 @@ def test_the_fingerprint_is_of_the_sources_only(repository: Path) -> None:
     assert len({before, changed, code.fingerprint(repository)}) == 3
 
 
+def test_who_runs_it_where_is_not_in_the_fingerprint_nor_what_editors_leave(repository: Path) -> None:
+    before = code.fingerprint(repository)
+    (repository / "conf/cluster").mkdir()
+    (repository / "conf/cluster/mysite.yaml").write_text("jobs: 1\n")
+    (repository / "src/.#a.py").symlink_to("me@host.1:1")
+    assert code.fingerprint(repository) == before
+
+
 def test_a_submission_holds_the_commit_and_what_differs(repository: Path, tmp_path: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=True).stdout.strip()
     clean = code.submit(tmp_path / "code", snapshot=False)
@@ -40,7 +53,7 @@ def test_a_submission_holds_the_commit_and_what_differs(repository: Path, tmp_pa
     assert (tmp_path / "code" / clean.fingerprint / "dirty.diff").read_text() == ""
     assert clean.root == str(repository)
 
-    (repository / "src/a.py").write_text("a = 2\n")
+    (repository / "src/a.py").write_text("a = 2\n\n\nb = 1\n")
     (repository / "src/new.py").write_text("new = 1\n")
     dirty = code.submit(tmp_path / "code", snapshot=False)
     assert json.loads(dirty.commit) == {"commit": head, "dirty": True}
@@ -55,7 +68,7 @@ def test_a_snapshot_is_the_code_as_it_was(repository: Path, tmp_path: Path) -> N
     (repository / "src/a.py").write_text("a = 2\n")
     assert code.fingerprint(Path(taken.root)) == taken.fingerprint != code.fingerprint(repository)
     assert not (Path(taken.root) / "notes.txt").exists()
-    (repository / "src/a.py").write_text("a = 1\n")
+    (repository / "src/a.py").write_text("a = 1\n\n\nb = 1\n")
     assert code.submit(tmp_path / "code", snapshot=True) == taken
 
 

@@ -49,9 +49,13 @@ def status(sweep: Sweep, _: list[str]) -> int:
 def resume(sweep: Sweep, overrides: list[str]) -> int:
     """Submit what is missing with the code as it is now; return 0 when all is done.
 
+    What the first shell said of the site and the data holds, unless this one says otherwise.
+
     Raises: UserError when the sweep's command line now stands for other runs.
     """
     os.chdir(sweep.cwd)
+    for name, value in sweep.environment.items():
+        os.environ.setdefault(name, value)
     kept = [override for override in sweep.arguments if not override.startswith("detach=")]
     return launch([*kept, *overrides], expected=sweep.name)
 
@@ -73,6 +77,8 @@ def collect(sweep: Sweep, _: list[str]) -> int:
     file = sweep.path / "rows.parquet"
     write_atomically(file, rows.joined([sweep.folder(run) / "rows.parquet" for run in finished]))
     print(f"{len(finished)} of {len(sweep.runs)} runs: {file}")
+    if len(made := rows.commits(file)) > 1:
+        print(f"made by different code: {', '.join(made)}")
     return int(len(finished) < len(sweep.runs))
 
 

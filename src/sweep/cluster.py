@@ -1,7 +1,9 @@
 """Where jobs go: SLURM, or this machine. Both are asked only whether a job may still do something; how it went the disk tells."""
 
 import getpass
+import hashlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,7 +17,7 @@ from src.sweep.folder import Sweep
 from src.sweep.job import Job
 
 PAUSE = 0.1  # seconds between two looks at a job that is being ended
-ENDING = 10.0  # seconds that a job may take to end its runs
+ENDING = 30.0  # seconds that a job may take to end its runs; one that is still being imported has to learn of it first
 PATIENCE = 60.0  # seconds that a command of SLURM may take
 Kind = Literal["local", "slurm"]
 KINDS: dict[str, Kind] = {"LocalLauncher": "local", "SlurmLauncher": "slurm"}
@@ -36,8 +38,11 @@ def kind_of(launcher: dict[str, Any]) -> Kind:
 
 
 def job_name(sweep: Sweep) -> str:
-    """What SLURM's jobs are called: those whose launcher was killed before it could note their ids are found by it."""
-    return f"backlock-{sweep.name}"
+    """What SLURM's jobs are called: those whose launcher was killed before it could note their ids are found by it.
+
+    The same runs in another folder are another sweep.
+    """
+    return f"backlock-{sweep.name}-{hashlib.sha256(str(sweep.path).encode()).hexdigest()[:6]}"
 
 
 def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[str, list[str]]:
@@ -55,7 +60,10 @@ def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[
     kind = kind_of(launcher)
     options = {key: value for key, value in launcher.items() if key not in AT_INIT and value is not None}
     if kind == "local":
-        options.setdefault("gpus_per_node", len(list(Path("/dev").glob("nvidia[0-9]*"))))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if re.fullmatch(r"\d+(,\d+)*", visible):
+            options.setdefault("visible_gpus", [int(gpu) for gpu in visible.split(",")])
+        options.setdefault("gpus_per_node", len(options.get("visible_gpus", ())) or len(list(Path("/dev").glob("nvidia[0-9]*"))))
     try:
         executor = submitit.AutoExecutor(sweep.path / "jobs", kind, **{f"{kind}_max_num_timeout": launcher.get("max_num_timeout", 0)})
         executor.update_parameters(name=job_name(sweep), **{key if key in BASE else f"{kind}_{key}": options[key] for key in options})
@@ -77,8 +85,9 @@ def alive(sweep: Sweep) -> dict[str, str]:
         for line in _ask("squeue", *_ours(sweep), "--noheader", "--array", "--format=%i|%T").splitlines():
             job, _, state = line.partition("|")
             found[job] = state
-    local = [job for submission in submissions if submission.kind == "local" for job in submission.jobs]
-    return found | {job: "RUNNING" for job in local if _is_controller(sweep, job)}
+    if any(submission.kind == "local" for submission in submissions):
+        found |= dict.fromkeys(_processes(f"submitit.local._local {sweep.path / 'jobs'}"), "RUNNING")
+    return found
 
 
 def histories(sweep: Sweep) -> dict[str, list[str]]:
@@ -99,28 +108,29 @@ def cancel(sweep: Sweep) -> None:
     submissions = sweep.submissions()
     if any(submission.kind == "slurm" for submission in submissions):
         _ask("scancel", *_ours(sweep))
-    for job in (job for submission in submissions if submission.kind == "local" for job in submission.jobs):
-        if _is_controller(sweep, job):
-            # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
-            os.kill(int(job), signal.SIGKILL)
-            deadline = time.monotonic() + ENDING
-            while time.monotonic() < deadline and _at_work(sweep, job):
-                time.sleep(PAUSE)
+    if any(submission.kind == "local" for submission in submissions):
+        # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
+        _kill(_processes(f"submitit.local._local {sweep.path / 'jobs'}"))
+        job, deadline = f"submitit.core._submit {sweep.path / 'jobs'}", time.monotonic() + ENDING
+        while (left := _processes(job)) and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        _kill(left)
 
 
 def _ours(sweep: Sweep) -> tuple[str, str]:
     return f"--user={getpass.getuser()}", f"--name={job_name(sweep)}"
 
 
-def _at_work(sweep: Sweep, job: str) -> bool:
-    """Whether a job has runs that it hasn't told the end of; one that was killed never will."""
-    return any(attempt.job == job and attempt.outcome == "open" for tries in sweep.attempts().values() for attempt in tries)
+def _processes(command: str) -> list[str]:
+    """The ids of this machine's processes whose command line ends so, be they recorded or not."""
+    told = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=False).stdout
+    return [line.split()[0] for line in told.splitlines() if line.endswith(f"-m {command}")]
 
 
-def _is_controller(sweep: Sweep, job: str) -> bool:
-    """Whether a process of this machine is the controller of a local job."""
-    told = subprocess.run(["ps", "-ww", "-o", "args=", "-p", job], capture_output=True, text=True, check=False).stdout
-    return str(sweep.path / "jobs") in told
+def _kill(processes: Sequence[str]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
 
 
 def _ask(*command: str) -> str:

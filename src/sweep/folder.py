@@ -71,30 +71,45 @@ class Sweep:
             self.arguments: list[str] = told["arguments"]
             self.cwd: str = told["cwd"]
             self._configs: list[dict[str, Any]] = told["configs"]
+            self.environment: dict[str, str] = told.get("environment", {})
             self.runs = [Run(*entry) for entry in told["runs"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no sweep is there; give its name, or with another results_dir its folder under .sweep") from error
 
     @classmethod
     def create(cls, plan: Plan) -> "Sweep":
-        """Write the plan of a sweep, where it isn't there already.
+        """Write the plan of a sweep.
 
         Raises: UserError when the place can't be written.
         """
-        path = Path(plan.configs[0].results_dir) / ".sweep" / plan.name
+        path = cls.place(plan)
         told = {
             "arguments": plan.arguments,
             "cwd": os.getcwd(),
+            # what a site's file and the data's take from the shell
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("BACKLOCK_") or name == "DATA_ROOT"},
             "configs": [to_plain(config) for config in plan.configs],
             "runs": [(run.id, run.config, run.seed) for run in plan.runs],
         }
         try:
-            for part in ("attempts", "submissions", "logs", "code"):
-                (path / part).mkdir(parents=True, exist_ok=True)
             write_atomically(path / "plan.json", json.dumps(told))
         except OSError as error:
             raise UserError(f"{path}: can't be written ({error.strerror}); choose another results_dir") from error
         return cls(path)
+
+    @classmethod
+    def place(cls, plan: Plan) -> Path:
+        """The folder of a sweep, made where there is none.
+
+        Raises: UserError when it can't be.
+        """
+        path = Path(plan.configs[0].results_dir) / ".sweep" / plan.name
+        try:
+            for part in ("attempts", "submissions", "logs", "code"):
+                (path / part).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written ({error.strerror}); choose another results_dir") from error
+        return path
 
     @property
     def name(self) -> str:
@@ -163,7 +178,10 @@ class Sweep:
         return [Submission(entry["kind"], entry["jobs"], Code(**entry["code"])) for entry in told]
 
     def _config(self, plain: dict[str, Any]) -> Config:
-        config = from_plain(plain)
+        try:
+            config = from_plain(plain)
+        except ValueError as error:
+            raise UserError(f"{self.path}: planned by other code, which had other keys; submit its command line anew") from error
         return replace(config, tracker=replace(config.tracker, group=config.tracker.group or self.name))
 
 

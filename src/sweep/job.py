@@ -47,7 +47,8 @@ class Job:
         sweep = Sweep(self.sweep)
         waiting = deque(run for run in map(sweep.by_id.__getitem__, self.runs) if not sweep.done(run))
         slots: list[Process | None] = [None] * (self.at_once or _cpus())
-        parent = os.getppid()
+        # whoever started this process may be gone before it gets here
+        parent = int(os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.getppid())
         try:
             while waiting or any(slots):
                 if os.getppid() != parent:
@@ -75,7 +76,7 @@ class Process:
     def __init__(self, sweep: Sweep, run: Run, code: Code, slot: int):
         self.log = sweep.log(run)
         self.attempt: Attempt = sweep.begin(run, JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             # what it is to import is the submitted code, whatever folder it runs in
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "src.sweep.work", sweep.path, run.id, code.fingerprint],
@@ -110,7 +111,8 @@ class Process:
         if code == 0:
             return ""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            known = -code in set(signal.Signals)
+            return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
         errors = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
         return errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -41,11 +42,13 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
     if planned.name != (expected or planned.name):
         raise UserError(f"sweep {expected}: conf/ was changed, its command line now stands for other runs (sweep {planned.name})")
     kind = cluster.kind_of(planned.launcher)
-    sweep = Sweep.create(planned)
     first = planned.configs[0]
-    with _alone(sweep):
+    with _alone(Sweep.place(planned)) as path:
+        sweep = Sweep(path) if (path / "plan.json").exists() else Sweep.create(planned)
         done: set[str] = set()
         alive = cluster.alive(sweep)
+        if not alive:  # the options of an earlier command line are those of its jobs
+            sweep = Sweep.create(planned)
         states = look(sweep, alive, done)
         missing = [run for run in sweep.runs if states[run.id] in ("missing", "failed", "lost")]
         gpus = (planned.launcher.get("gpus_per_node") or 0) / ((first.cluster and first.cluster.at_once) or 1)
@@ -67,7 +70,7 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
 
 def tell(sweep: Sweep, states: dict[str, State]) -> int:
     """Print the table of a sweep and what finishes it; return 1 if a run is failed or lost."""
-    alive = cluster.alive(sweep)
+    alive = _alive(sweep) or {}
     # a file or a pipe has no width of its own
     Console(width=None if sys.stdout.isatty() else 120).print(report(sweep, states, alive, cluster.histories(sweep)), soft_wrap=True)
     if all(state in ("done", "running", "waiting") for state in states.values()):
@@ -111,7 +114,9 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
     jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
     # a launcher that is killed before it can note the jobs has noted where to look for them
     sweep.submitted(Submission(kind, {}, recorded))
-    sweep.submitted(Submission(kind, cluster.submit(sweep, jobs, planned.launcher), recorded))
+    with _importing_from(recorded.root):
+        submitted = cluster.submit(sweep, jobs, planned.launcher)
+    sweep.submitted(Submission(kind, submitted, recorded))
     print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}; Ctrl-C cancels", flush=True)
 
 
@@ -150,16 +155,16 @@ def _seconds(kind: Path) -> float | None:
 
 
 @contextmanager
-def _alone(sweep: Sweep) -> Iterator[None]:
-    """Be the only launcher of a sweep; let a signal to terminate interrupt.
+def _alone(path: Path) -> Iterator[Path]:
+    """Be the only launcher of the sweep in a folder; let a signal to terminate interrupt.
 
     Raises: UserError when another is at it.
     """
     try:
-        with filelock.FileLock(sweep.path / ".lock", timeout=0), _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-            yield
+        with filelock.FileLock(path / ".lock", timeout=0), _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+            yield path
     except filelock.Timeout as error:
-        raise UserError(f"sweep {sweep.name}: another process is at it; see python -m src.sweep status {sweep.called}") from error
+        raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {path.name}") from error
 
 
 @contextmanager
@@ -173,6 +178,22 @@ def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _importing_from(root: str) -> Iterator[None]:
+    """Give the processes that are started, and the jobs that are submitted, a folder to import from before their own."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in (root, before["PYTHONPATH"]) if part)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

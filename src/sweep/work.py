@@ -1,6 +1,7 @@
 """One run of a sweep, in a process of its own: `python -m src.sweep.work SWEEP RUN FINGERPRINT`, started by the sweep's jobs."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -25,10 +26,15 @@ def main(sweep: str, run: str, submitted: str) -> int:
         require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
         found = Sweep(Path(sweep))
         config = checked(found, found.by_id[run])
-        wait(RunFolder(config))
+        sys.argv[1:] = ["-m", *map(shlex.quote, found.arguments)]  # what the run's provenance calls its command
     except UserError as error:
         return complain(str(error), 2)
-    return carry_out(config)
+    while True:
+        wait(RunFolder(config))
+        code = carry_out(config)
+        # another one that waited may have been the first
+        if code != 2 or not RunFolder(config).owned:
+            return code
 
 
 def checked(sweep: Sweep, run: Run) -> Config:

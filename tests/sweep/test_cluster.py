@@ -1,6 +1,13 @@
 """What SLURM is asked, and what is made of its answers; SLURM itself is tested in tests/cluster."""
 
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +41,7 @@ def submitted(sweep: Sweep) -> Sweep:
 def test_jobs_alive_are_those_in_the_queue(submitted: Sweep, answers: Path) -> None:
     (answers / "squeue.txt").write_text("7_0|RUNNING\n7_2|PENDING\n")
     assert cluster.alive(submitted) == {"7_0": "RUNNING", "7_2": "PENDING"}
-    assert f"--name=backlock-{submitted.name} " in (answers / "called").read_text()
+    assert f"--name={cluster.job_name(submitted)} " in (answers / "called").read_text()
 
 
 def test_without_a_submission_nobody_is_asked(sweep: Sweep, answers: Path) -> None:
@@ -85,3 +92,49 @@ def test_options_that_a_cluster_does_not_know_are_told(sweep: Sweep) -> None:
     job = Job(sweep.path, [], 1, CODE)
     with pytest.raises(UserError, match="local refuses the jobs"):
         cluster.submit(sweep, [job], {"_target_": "x.LocalLauncher", "nodes": 2, "timeout_min": 1})
+
+
+def test_the_same_runs_elsewhere_are_another_sweep_s_jobs(sweep: Sweep, tmp_path: Path) -> None:
+    copied = Sweep(shutil.copytree(sweep.path, tmp_path / "elsewhere" / sweep.name))
+    assert copied.name == sweep.name
+    assert cluster.job_name(copied) != cluster.job_name(sweep)
+
+
+@pytest.fixture
+def local(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A sweep of which no local job was noted, and two processes that are called like a controller and its job."""
+    sweep.submitted(Submission("local", {}, CODE))
+    sleeping = [sys.executable, "-c", "import sys; sys.stdin.read()", "-m"]
+    names = ("submitit.local._local", "submitit.core._submit")
+    processes = [subprocess.Popen([*sleeping, name, str(sweep.path / "jobs")], stdin=subprocess.PIPE) for name in names]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_local_jobs_that_were_not_noted_are_found_and_cancelled(
+    sweep: Sweep, local: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, job = local
+    assert cluster.alive(sweep) == {str(controller.pid): "RUNNING"}
+    monkeypatch.setattr(cluster, "ENDING", 0.0)
+    cluster.cancel(sweep)
+    assert (controller.wait(), job.wait()) == (-signal.SIGKILL, -signal.SIGKILL)
+    assert cluster.alive(sweep) == {}
+
+
+@pytest.mark.parametrize(("visible", "wanted"), [("5,7", {"visible_gpus": [5, 7], "gpus_per_node": 2}), ("GPU-1a", {"gpus_per_node": 0})])
+def test_a_local_job_has_the_gpus_that_its_user_has(sweep: Sweep, visible: str, wanted: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    import submitit
+
+    told: dict[str, object] = {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(cluster.Path, "glob", lambda self, pattern: [])
+    monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", lambda self, **options: told.update(options))
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda self, job: SimpleNamespace(job_id="1"))
+    monkeypatch.setattr(submitit.AutoExecutor, "batch", nullcontext)
+    cluster.submit(sweep, [Job(sweep.path, [], 1, CODE)], {"_target_": "x.LocalLauncher"})
+    assert {key.removeprefix("local_"): value for key, value in told.items() if "gpu" in key} == wanted

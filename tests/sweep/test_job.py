@@ -29,6 +29,7 @@ def job(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(module, "PAUSE", 0)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
+    monkeypatch.setattr(module.os, "getppid", lambda: 7)  # as the controller's own id is the job's
     for run in sweep.runs:
         end(tmp_path, run.id, "read line")
     return Job(sweep.path, [run.id for run in sweep.runs], 2, CODE)
@@ -92,11 +93,18 @@ def test_as_many_at_once_as_asked_for_and_all_end_with_the_job(sweep: Sweep, job
 
 
 def test_a_job_whose_parent_is_gone_ends(sweep: Sweep, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    parents = iter([1, 1, 2])
+    parents = iter([7, 2])
     monkeypatch.setattr(module.os, "getppid", lambda: next(parents))
     with pytest.raises(SystemExit, match="is gone"):
         job()
     assert {attempt.outcome for (attempt,) in sweep.attempts().values()} == {"stopped"}
+
+
+def test_a_job_whose_controller_was_gone_before_it_began_ends(sweep: Sweep, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "1")
+    with pytest.raises(SystemExit, match="is gone"):
+        job()
+    assert sweep.attempts() == {}
 
 
 def test_a_requeued_job_does_the_same_and_its_runs_know_why_they_were_stopped(job: Job) -> None:

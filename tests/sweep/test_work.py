@@ -41,6 +41,22 @@ def test_data_that_are_gone_are_not_fetched(
     assert tiny.calls == []
 
 
+def test_the_second_of_two_that_waited_waits_on(sweep: Sweep, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(sweep.config(sweep.runs[0]))
+    folder.path.parent.mkdir(parents=True)
+    owner = filelock.FileLock(Path(folder.path.parent) / f".{folder.path.name}.lock")
+    waits: list[bool] = []
+
+    def overtaken(folder: RunFolder) -> None:
+        waits.append(folder.owned)
+        owner.release() if waits[1:] else owner.acquire()
+
+    monkeypatch.setattr(work, "wait", overtaken)
+    assert work.main(str(sweep.path), sweep.runs[0].id, FINGERPRINT) == 0
+    assert waits == [False, True]
+    assert tiny.calls == [0]
+
+
 def test_it_waits_for_the_owner_of_the_run(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy of its job that SLURM lost sight of."""
     folder = RunFolder(sweep.config(sweep.runs[0]))
