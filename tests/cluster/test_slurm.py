@@ -152,7 +152,7 @@ def test_an_interrupted_launcher_leaves_no_job(user: User) -> None:
     user.order("hold", 0)
     launcher = user.start("src.run", "-m", "experiment=tiny", "cluster=slurm")
     user.until(lambda: user.began(0), "the run begins")
-    launcher.send_signal(signal.SIGINT)
+    launcher.terminate()  # heard as Ctrl-C is, to which a shell's background processes are deaf
     code, _ = user.ended(launcher)
     user.until(lambda: slurm_says(user, "squeue", "-h") == "", "the job is gone")
     assert code == 130
