@@ -157,14 +157,13 @@ def agree(one: Verdict, other: Verdict, together: int = 1) -> bool:
     """Whether two numbers differ by no more than their intervals allow, or those that cover `together` forms at once."""
     if one.estimate is None or other.estimate is None:  # JSON holds no finite number: agreement is that of the same cell
         return one.estimate is other.estimate and one.evidence == other.evidence
-    low, high = sorted((one, other), key=lambda verdict: verdict.estimate or 0.0)
-    gap = high.estimate - low.estimate  # type: ignore[operator]
-    if math.isclose(one.estimate, other.estimate, rel_tol=1e-6, abs_tol=1e-9):
+    (least, low), (greatest, high) = sorted(((one.estimate, one), (other.estimate, other)), key=lambda pair: pair[0])
+    if math.isclose(least, greatest, rel_tol=1e-6, abs_tol=1e-9):
         return True
     if low.interval[1] is None or high.interval[0] is None:
         return False
-    halves = np.array([low.interval[1] - low.estimate, high.estimate - high.interval[0]])  # type: ignore[operator]
-    return bool(gap <= np.linalg.norm(halves * widening([low.n - 1, high.n - 1], together)))
+    halves = np.array([low.interval[1] - least, greatest - high.interval[0]])
+    return bool(greatest - least <= np.linalg.norm(halves * widening([low.n - 1, high.n - 1], together)))
 
 
 def deciding(verdict: Verdict) -> str:

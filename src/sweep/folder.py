@@ -119,8 +119,7 @@ class Sweep:
     @property
     def called(self) -> str:
         """What `python -m src.sweep` is given to find it from here."""
-        here = Path("results/.sweep").absolute() / self.name
-        return self.name if here == self.path else shlex.quote(str(self.path))
+        return called(self.path)
 
     @cached_property
     def configs(self) -> list[Config]:
@@ -183,6 +182,12 @@ class Sweep:
         except ValueError as error:
             raise UserError(f"{self.path}: planned by other code, which had other keys; submit its command line anew") from error
         return replace(config, tracker=replace(config.tracker, group=config.tracker.group or self.name))
+
+
+def called(path: Path) -> str:
+    """What `python -m src.sweep` is given to find the sweep of a folder from here: its name, or the folder."""
+    here = Path("results/.sweep").absolute() / path.name
+    return path.name if here == path.absolute() else shlex.quote(str(path.absolute()))
 
 
 def find(name: str) -> Sweep:

@@ -20,7 +20,7 @@ from rich.text import Text
 from src import code
 from src.errors import UserError
 from src.sweep import cluster
-from src.sweep.folder import Submission, Sweep
+from src.sweep.folder import Submission, Sweep, called
 from src.sweep.plan import Plan, Run, plan
 from src.sweep.state import State, in_brief, look, report
 
@@ -164,7 +164,7 @@ def _alone(path: Path) -> Iterator[Path]:
         with filelock.FileLock(path / ".lock", timeout=0), _interrupted_by(signal.SIGTERM, signal.SIGHUP):
             yield path
     except filelock.Timeout as error:
-        raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {path.name}") from error
+        raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {called(path)}") from error
 
 
 @contextmanager

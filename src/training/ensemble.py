@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.config import TrainingConfig
 from src.data.load import Data
 from src.errors import UserError
-from src.training.loop import CHECK_EVERY, Keeper, Objective, Outcome, Stateful, _row, batches, end_to_end, planned_steps
+from src.training.loop import CHECK_EVERY, Keeper, Objective, Outcome, Stateful, batches, end_to_end, evaluation, planned_steps
 from src.training.optimizer import build_optimizer, build_schedule
 from src.training.precision import tf32
 
@@ -271,7 +271,7 @@ class _Member:
 
     def look(self, step: int, epoch: float) -> None:
         """Evaluate it."""
-        self.course.history.append(_row(self.model, self.data, self.schedule, step, epoch))
+        self.course.history.append(evaluation(self.model, self.data, self.schedule, step, epoch))
 
     def observe(self, step: int, total: int) -> None:
         """Let it be looked at, as long as it trains."""

@@ -119,7 +119,7 @@ def train(
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if isinstance(objective, Stateful):
         parts["objective"] = objective
-    course = _resumed(parts, keeper) or _Course([_row(model, data, schedule, 0, 0.0)])
+    course = _resumed(parts, keeper) or _Course([evaluation(model, data, schedule, 0, 0.0)])
     modules, started, kept = [*model.modules()], time.monotonic() - course.seconds, course.steps
     left = islice(batches(data.train, config.batch_size, generator, kept), total - kept if course.finite else 0)
     with tf32(config.precision == "tf32"):
@@ -141,7 +141,7 @@ def train(
                 course.finite = _is_finite(loss, model)
             if due or not course.finite:
                 course.seconds = time.monotonic() - started
-                course.history.append(_row(model, data, schedule, step, step / steps_an_epoch))
+                course.history.append(evaluation(model, data, schedule, step, step / steps_an_epoch))
                 started = time.monotonic() - course.seconds
             if not course.finite:
                 break
@@ -233,7 +233,7 @@ def _prepared(model: nn.Module, data: Data, images: UInt8[Tensor, "b c h w"]) ->
     return data.standardise(images).to(next(model.parameters()))
 
 
-def _row(model: nn.Module, data: Data, schedule: LRScheduler, step: int, epoch: float) -> dict[str, int | float]:
+def evaluation(model: nn.Module, data: Data, schedule: LRScheduler, step: int, epoch: float) -> dict[str, int | float]:
     """One evaluation: where the training stands, and the metrics on the first training images and on the test images."""
     probe = Split(data.train.images[:EVALUATED], data.train.labels[:EVALUATED])
     train_loss, train_accuracy = evaluate(model, data, probe)
