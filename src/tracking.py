@@ -142,6 +142,8 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
         return
     # wandb calls home about its own use, even offline
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # a service handed down may be on another node, or still at the killed run that this one continues
+    os.environ.pop("WANDB_SERVICE", None)
     import wandb
 
     directory = Path(config.results_dir)

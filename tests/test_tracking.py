@@ -73,6 +73,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrored]:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         proxies = {name: url for variable in ("http_proxy", "https_proxy", "all_proxy") for name in (variable, variable.upper())}
         environment = {**Mirrored.environment(Mirrored(place, None, 0)), **proxies}  # type: ignore[arg-type]
+        environment["WANDB_SERVICE"] = "3-1-unix-/gone"  # as a process that has a run of its own hands it down
         command = [sys.executable, "-m", "src.run", *SMALL, f"data.root={place}/none"]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
