@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 
@@ -53,6 +52,8 @@ def read(source: Source, root: Path, train: bool) -> tuple[UInt8[Tensor, "n c h 
 
 def _read_digits(train: bool) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
     """Read scikit-learn's digits: round(255·p/16) of pixels p = 0..16; the last 360 images are the test set."""
+    from sklearn.datasets import load_digits  # a second that the other sets can do without
+
     bundled, size = load_digits(), CATALOGUE["digits"].train_size
     part = slice(size) if train else slice(size, None)
     images = torch.from_numpy(bundled.images[part]).mul(255 / 16).round().to(torch.uint8)

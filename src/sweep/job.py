@@ -4,9 +4,9 @@ A run is a process of its own so that it may die in whatever way without taking 
 submitit's handler requeues it, and the runs, killed, are begun again.
 """
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -19,8 +19,12 @@ from submitit.helpers import DelayedSubmission
 from src.code import SUBMITTED, Code
 from src.sweep.folder import Attempt, Outcome, Sweep
 from src.sweep.plan import Run
+from src.sweep.work import begin
 
 PAUSE = 0.1  # seconds between two looks at the runs
+# a server imports what runs import, once, and each run is a copy of it; libraries of other systems break in copies
+PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+PROCESSES.set_forkserver_preload(["src.sweep.imports"])
 # by the exit code of python -m src.run
 ENDS: dict[int, Outcome] = {0: "done", 1: "failed", 2: "refused", 130: "stopped"}
 
@@ -45,6 +49,8 @@ class Job:
     def __call__(self) -> None:
         """Work on all runs that are not finished; end all when this process is stopped or its parent has died."""
         sweep = Sweep(self.sweep)
+        # the server that runs are copies of starts with it
+        os.environ |= _environment(self.code)
         waiting = deque(run for run in map(sweep.by_id.__getitem__, self.runs) if not sweep.done(run))
         slots: list[Process | None] = [None] * (self.at_once or _cpus())
         # whoever started this process may be gone before it gets here
@@ -57,7 +63,7 @@ class Job:
                     if process and process.ended():
                         slots[slot] = None
                     if waiting and slots[slot] is None:
-                        slots[slot] = Process(sweep, waiting.popleft(), self.code, slot)
+                        slots[slot] = Process(sweep, waiting.popleft(), self.code, _gpu(slot))
                 time.sleep(PAUSE)
         finally:
             for process in slots:
@@ -73,38 +79,25 @@ class Job:
 class Process:
     """A run as a process that dies with this one."""
 
-    def __init__(self, sweep: Sweep, run: Run, code: Code, slot: int):
+    def __init__(self, sweep: Sweep, run: Run, code: Code, gpu: dict[str, str]):
         self.log = sweep.log(run)
         self.attempt: Attempt = sweep.begin(run, JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-        with self.log.open("ab") as log:
-            # what it is to import is the submitted code, whatever folder it runs in
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "src.sweep.work", sweep.path, run.id, code.fingerprint],
-                cwd=sweep.cwd,
-                env=_environment(code, slot),
-                stdin=subprocess.PIPE,  # closed by this process's death: the run's sign to die too
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self.process = PROCESSES.Process(target=begin, args=(sweep.path, run.id, code.fingerprint, gpu))
+        self.process.start()
 
     def ended(self) -> bool:
         """Whether it has ended; then how is recorded."""
-        code = self.process.poll()
+        code = self.process.exitcode
         if code is None:
             return False
-        self._end(ENDS.get(code, "killed"), self._reason(code))
+        self.attempt.end(ENDS.get(code, "killed"), self._reason(code))
         return True
 
     def kill(self, reason: str) -> None:
         """End it now."""
         self.process.kill()
-        self.process.wait()
-        self._end("stopped", reason)
-
-    def _end(self, outcome: Outcome, reason: str) -> None:
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.attempt.end(outcome, reason)
+        self.process.join()
+        self.attempt.end("stopped", reason)
 
     def _reason(self, code: int) -> str:
         """Why it ended: the signal that killed it, or the error that it told last; "" when it ended well."""
@@ -113,18 +106,22 @@ class Process:
         if code < 0:
             known = -code in set(signal.Signals)
             return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
-        errors = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
+        told = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
+        errors = [line for line in told.splitlines() if line.startswith("error: ")]
         return errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
 
 
-def _environment(code: Code, slot: int) -> dict[str, str]:
-    """The environment of a run in a slot: the code's root is imported from, and of several GPUs it sees its own."""
+def _environment(code: Code) -> dict[str, str]:
+    """What runs find in their environment: the code's root is imported from, its commit, and one thread if nothing else is said."""
     path = os.pathsep.join(part for part in (code.root, os.environ.get("PYTHONPATH")) if part)
-    own = {"PYTHONPATH": path, SUBMITTED: code.commit, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", SUBMITTED: code.commit, "OMP_NUM_THREADS": threads}
+
+
+def _gpu(slot: int) -> dict[str, str]:
+    """What a run in a slot sees of several GPUs: its own."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    if gpus:
-        own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    return {**os.environ, **own}
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
 
 
 def _cpus() -> int:

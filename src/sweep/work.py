@@ -1,5 +1,6 @@
-"""One run of a sweep, in a process of its own: `python -m src.sweep.work SWEEP RUN FINGERPRINT`, started by the sweep's jobs."""
+"""One run of a sweep, in a process of its own that the sweep's job starts."""
 
+import multiprocessing
 import os
 import shlex
 import signal
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from src.code import ROOT, fingerprint
 from src.config import Config, require
@@ -20,13 +22,31 @@ from src.sweep.plan import Run, fetch_command
 PAUSE = 1.0  # seconds between two looks at a run that another process is at
 
 
-def main(sweep: str, run: str, submitted: str) -> int:
+def begin(path: Path, run: str, submitted: str, environment: dict[str, str]) -> NoReturn:
+    """Be the process of a run: write into its log, die with the job, and exit with the code of python -m src.run.
+
+    Args:
+        path: the sweep's folder.
+        run: the run's id.
+        submitted: the fingerprint of the submitted code.
+        environment: what it finds in its environment beside what the job found.
+    """
+    os.environ |= environment
+    sweep = Sweep(path)
+    os.chdir(sweep.cwd)
+    log = os.open(sweep.log(sweep.by_id[run]), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    sys.argv[1:] = ["-m", *map(shlex.quote, sweep.arguments)]  # what the run's provenance calls its command
+    threading.Thread(target=_die_with_the_job, daemon=True).start()
+    sys.exit(main(sweep, run, submitted))
+
+
+def main(sweep: Sweep, run: str, submitted: str) -> int:
     """Check what was submitted, and run it; return the exit code of python -m src.run."""
     try:
         require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
-        found = Sweep(Path(sweep))
-        config = checked(found, found.by_id[run])
-        sys.argv[1:] = ["-m", *map(shlex.quote, found.arguments)]  # what the run's provenance calls its command
+        config = checked(sweep, sweep.by_id[run])
     except UserError as error:
         return complain(str(error), 2)
     while True:
@@ -54,11 +74,7 @@ def wait(folder: RunFolder) -> None:
 
 
 def _die_with_the_job() -> None:
-    """Die when standard input closes, which only the death of the job does."""
-    sys.stdin.read()
+    job = multiprocessing.parent_process()
+    assert job is not None
+    job.join()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_die_with_the_job, daemon=True).start()
-    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,7 @@
 """A local sweep under random SIGKILLs: `python -m tests.faults.sweep [--kills N] [--runs N] [--seed N]`.
 
-At random times a random process of the sweep dies: the launcher, the job's controller, the job or one of its runs. A launcher that died
+At random times a random process of the sweep dies: the launcher, the job's controller, the job, the server that its runs are copies of,
+or a run. A launcher that died
 or that tells of missing runs is resumed from a new process. In the end every run's rows must be there once, and equal those of a run that
 nothing befell. Two hundred kills take half an hour or less; exit code 1 tells that rows differ.
 """
@@ -15,11 +16,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from src.sweep import cluster
 from tests.tree import User, expected, measured, plant
 
-LONGEST = 3.0  # seconds between two kills, at most: less than a run lives
+TEXT: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+LONGEST = 6.0  # seconds between two kills, at most: less than it takes to submit a job, to import and to run
 
 
 def main() -> int:
@@ -32,7 +35,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         user = User(plant(Path(folder) / "tree"), {**os.environ, "BACKLOCK_AT_ONCE": "2"})
         sweep = ("src.run", "-m", "experiment=tiny", f"seed=range({options.runs})", "cluster=local")
-        killed = dict.fromkeys(("launcher", "controller", "job", "run"), 0)
+        killed = dict.fromkeys(("launcher", "controller", "job", "server", "run"), 0)
         try:
             launcher = user.start(*sweep)
             while launcher.poll() != 0:
@@ -67,11 +70,14 @@ def kill(user: User, launcher: subprocess.Popen[str], chance: random.Random, kil
 
 def children(tree: Path) -> dict[str, list[int]]:
     """The processes of the sweep but for its launcher, by their kind."""
-    found: dict[str, list[int]] = {"controller": [], "job": [], "run": []}
-    modules = {"submitit.local._local": "controller", "submitit.core._submit": "job", "src.sweep.work": "run"}
-    for line in subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines():
-        pid, _, command = line.strip().partition(" ")
-        kind = next((kind for module, kind in modules.items() if f"-m {module} {tree}" in command), None)
+    found: dict[str, list[int]] = {"controller": [], "job": [], "server": [], "run": []}
+    modules = {f"-m submitit.local._local {tree}": "controller", f"-m submitit.core._submit {tree}": "job"}
+    # a child is listed after its parent
+    for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args=", "--sort=start_time,pid"], **TEXT).stdout.splitlines():
+        pid, parent, command = line.split(maxsplit=2)
+        kind = next((kind for module, kind in modules.items() if module in command), None)
+        if "multiprocessing.forkserver" in command:
+            kind = "run" if int(parent) in found["server"] else "server" if int(parent) in found["job"] else None
         if kind:
             found[kind].append(int(pid))
     return found

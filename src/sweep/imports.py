@@ -1,0 +1,8 @@
+"""What every run of a sweep imports, done once by the server that a job's runs are copies of."""
+
+from contextlib import suppress
+from importlib import import_module
+
+with suppress(Exception):  # the run that imports it again will tell
+    for name in ("src.sweep.work", "src.experiment", "src.report", "paper_figures.style"):
+        import_module(name)
