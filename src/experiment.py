@@ -250,7 +250,7 @@ def _carry_out(experiment: Experiment, context: Context, folder: RunFolder) -> l
         "resumed": context.checkpoint is not None and context.checkpoint.resumed,
         "training_seconds": {name: round(seconds, 3) for name, seconds in context.seconds.items()},
     }
-    folder.write_json("provenance.json", {**provenance, **times})
+    folder.write_json("provenance.json", {**provenance, **times, "sha256": folder.digests("rows.parquet", "verdicts.json")})
     drawing = importlib.import_module(f"paper_figures.{config.claim.name}")
     style = importlib.import_module("paper_figures.style")
     folder.write("figure.png", style.to_bytes(drawing.draw(row_table.read(folder.path / "rows.parquet")), "png"))

@@ -156,6 +156,10 @@ class RunFolder:
         """Write a JSON file of the folder atomically."""
         self.write(name, _to_json(content))
 
+    def digests(self, *names: str) -> dict[str, str]:
+        """The sha256 of files of the folder."""
+        return {name: sha256(self.path / name) for name in names}
+
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the lock, with a fresh folder in place."""
@@ -221,6 +225,11 @@ def read_status(folder: Path) -> str | None:
         return json.loads((folder / "status.json").read_bytes())["status"]
     except (OSError, ValueError):
         return None
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _to_json(content: object) -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -73,6 +74,8 @@ def test_a_run_leaves_its_folder_and_tells_its_verdicts(cli: CommandLine, tiny: 
     assert {"torch", "numpy", "pandas"} <= set(provenance["versions"])
     assert provenance["data_sha256"].keys() == {"train", "test"}
     assert {"commit", "dirty", "device", "wall_time_s", "command"} <= provenance.keys()
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("rows.parquet", "verdicts.json")}
+    assert provenance["sha256"] == digests
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
