@@ -25,6 +25,8 @@ def main() -> int:
     asked = _parser().parse_args()
     shelf = Shelf(asked.results, HERE / "reference")
     try:
+        if asked.results != drawing.DEFAULT and not asked.results.is_dir():
+            raise UserError(f"--results {asked.results}: no such folder")
         if asked.check:
             from paper_figures.check import show_check
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw figures and tables from rows.")
     known = f"one of {', '.join(NAMES)}, page or wandb; all of them and the page when none is given"
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder (default: results)")
+    parser.add_argument("--results", type=Path, default=drawing.DEFAULT, help="the results folder (default: results)")
     parser.add_argument("--out", type=Path, default=HERE / "output", help="where to write (default: paper_figures/output)")
     parser.add_argument("--mixed", action="store_true", help="draw a figure though its rows mix commits, data sets or scales, and say so")
     parser.add_argument("--check", action="store_true", help="compare the verdicts under --results with the reference, form by form")

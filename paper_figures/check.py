@@ -1,5 +1,7 @@
 """`--check`: the verdicts of the runs under a results folder against those of the committed reference, form by form.
 
+Both are judged anew from their rows, by the criteria of today's code: a verdict that was written down is not believed.
+
 A run is compared with a reference of the same data set and scale alone. Let a form have the estimate e in [lo, hi] in the run and e' in
 [lo', hi'] in the reference, both at the cell that decided the verdict: where many cells are tried it may be another one, and the worst
 cases are what is compared. Their numbers *agree* when |e − e'| ≤ √(h² + h'²), h and h' the half-widths on the sides that face each other
@@ -13,9 +15,10 @@ and both bounded: the interval of 95% of the difference of two independent estim
   with 95% at once (Bonferroni, Student's t with n − 1 degrees of freedom), so that chance alone breaks one of them in at most 5%;
 - **not reproduced**: everything else: opposite verdicts, or one lost or won with numbers that tell against each other.
 
-Forms that the reference did not measure, or whose criterion was changed since, leave nothing to reproduce and are told as that.
+Forms that the reference did not measure leave nothing to reproduce and are told as that.
 """
 
+import importlib
 import math
 import re
 import sys
@@ -30,7 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from paper_figures.sidecar import Product, tabular, write
-from paper_figures.sources import EXPERIMENTS, Shelf, Source, of_folder
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, lacking, of_folder, require_one, todays_config
 from src import code
 from src.errors import UserError
 from src.rows import finished_runs
@@ -54,17 +57,19 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
     """
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment {', '.join(unknown)} to check; there are {', '.join(EXPERIMENTS)}")
-    lines, sources, failed = [], [], False
-    for name in names or EXPERIMENTS:
+    lines: list[tuple[Verdict, Verdict]] = []
+    sources, failed = [], False
+    asked = names or EXPERIMENTS
+    for name in asked:
         try:
             found = comparable(shelf, name)
             if isinstance(found, str):
                 print(f"{name}: {found}")
                 continue
-            reference, run = found
-            lines += pairs(reference, run)
-            sources += [(source, source.read()) for source in found]
-            print(f"{name}: {run.rows.parent}; {rows_compared(*(rows for _, rows in sources[-2:]))}")
+            both = [(source, source.read()) for source in found]
+            lines += zip(*(judged(source, rows) for source, rows in both), strict=True)
+            sources += both
+            print(f"{name}: {found[1].rows.parent}; {rows_compared(*(rows for _, rows in both))}")
         except UserError as error:
             failed = True
             print(f"error: {name}: {error}", file=sys.stderr)
@@ -74,6 +79,7 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
         raise UserError(f"nothing to check under {shelf.results}: no finished run at the data set and scale of the reference")
     table = told(lines)
     Console(width=None if sys.stdout.isatty() else 200).print(to_table(table))
+    print(f"{len(sources) // 2} of {len(asked)} experiments compared")
     for file in write("check", Product(tabular(table), sources), out, "python -m paper_figures --check", code.commit()):
         print(file)
     return 1 if failed or (table["told"] == NOT).any() else 0
@@ -104,40 +110,37 @@ def comparable(shelf: Shelf, experiment: str) -> tuple[Source, Source] | str:
     return f"other {differ}: runs on {places}, reference on {stamp['data']} at {stamp['scale']}; not compared"
 
 
-def pairs(reference: Source, run: Source) -> list[tuple[Verdict, Verdict | None]]:
-    """Each form of the reference with the same form of the run, where it has one."""
-    found = {verdict.claim: verdict for verdict in run.judged()}
-    return [(verdict, found.get(verdict.claim)) for verdict in reference.judged()]
+def judged(source: Source, rows: pd.DataFrame) -> list[Verdict]:
+    """The verdicts on a run's rows, judged anew.
+
+    Raises: UserError when the rows mix runs that differ, or lack what the criteria speak of.
+    """
+    require_one([rows], str(source.rows))
+    with lacking(source.rows):
+        return importlib.import_module(f"experiments.{source.experiment}").judge(rows, todays_config(rows).criteria)
 
 
-def told(compared: Sequence[tuple[Verdict, Verdict | None]]) -> pd.DataFrame:
+def told(compared: Sequence[tuple[Verdict, Verdict]]) -> pd.DataFrame:
     """The comparison as a table, a line a form."""
     lines = []
     for reference, run in compared:
         word, why = compare(reference, run, len(compared))
         line: dict[str, object] = {"claim": reference.claim, "form": reference.form, "told": word, "why": why}
         for of, verdict in (("reference", reference), ("run", run)):
-            line |= {
-                of: phrase(verdict.verdict, verdict.condition) if verdict else "–",
-                f"{of} estimate": verdict.estimate if verdict else None,
-            }
-            line |= dict(zip((f"{of} lo", f"{of} hi"), verdict.interval if verdict else (None, None), strict=True))
+            line |= {of: phrase(verdict.verdict, verdict.condition), f"{of} estimate": verdict.estimate}
+            line |= dict(zip((f"{of} lo", f"{of} hi"), verdict.interval, strict=True))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def compare(reference: Verdict, run: Verdict | None, together: int) -> tuple[str, str]:
+def compare(reference: Verdict, run: Verdict, together: int) -> tuple[str, str]:
     """What became of one form, and why.
 
     Args:
         reference: its verdict in the reference.
-        run: its verdict in the run, if it has one.
+        run: its verdict in the run.
         together: forms that are compared in all.
     """
-    if run is None:
-        return NOT, "the run has no such form"
-    if (reference.criterion, reference.condition) != (run.criterion, run.condition):
-        return NOTHING, "the criterion was changed"
     if reference.evidence.startswith("no cell"):
         return NOTHING, "not measured in the reference"
     words = {reference.verdict, run.verdict}
@@ -175,7 +178,9 @@ def deciding(verdict: Verdict) -> str:
 def rows_compared(reference: pd.DataFrame, run: pd.DataFrame) -> str:
     """How the rows of one config and seed compare, in words; those of others have no counterpart."""
     if reference["run"].iloc[0] != run["run"].iloc[0]:
-        return f"seed {run['root_seed'].iloc[0]} against {reference['root_seed'].iloc[0]}: other draws, verdicts alone are compared"
+        seeds = [rows["root_seed"].iloc[0] for rows in (run, reference)]
+        differ = "another config" if seeds[0] == seeds[1] else f"seed {seeds[0]} against {seeds[1]}"
+        return f"{differ}: verdicts alone are compared"
     if len(reference) != len(run):
         return f"the same config and seed, but {len(run):,} rows against {len(reference):,}"
     values = reference["value"].to_numpy(), run["value"].to_numpy()

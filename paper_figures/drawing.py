@@ -41,23 +41,26 @@ def draw_all(names: Sequence[str], shelf: Shelf, out: Path, mixed: bool, page: b
         mixed: whether rows of several commits, data sets or scales may stand in one figure.
         page: whether to make index.html of it.
     """
-    failures = 0
     figures: list[str] = []
+    faults: set[str] = set()
     for drawn in _each(names, partial(_draw, shelf=shelf, out=out, mixed=mixed, revision=code.commit())):
         sources = f"  ←  {', '.join(map(str, drawn.rows))}" if len(drawn.rows) == 1 else f"  ←  {len(drawn.rows)} tables of rows"
         for file in drawn.files:
             print(f"{file}{sources}", flush=True)
         figures += [drawn.name] if drawn.files and drawn.name in FIGURES else []
-        for complaint in drawn.complaints:
-            failures += 1
-            print(f"error: {drawn.name}: {' '.join(complaint.split())}", file=sys.stderr, flush=True)
+        # a damaged file is told once, whatever it is missing in
+        for complaint in dict.fromkeys(drawn.complaints):
+            if complaint not in faults:
+                print(f"error: {drawn.name}: {' '.join(complaint.split())}", file=sys.stderr, flush=True)
+            faults.add(complaint)
     if list(names) == ["ledger"]:
         Console(width=None if sys.stdout.isatty() else 200).print(to_table(ledger(shelf)[0]))
     if page:
         from paper_figures.page import write_page
 
-        print(write_page(shelf, out, figures))
-    return 1 if failures else 0
+        for file in write_page(shelf, out, figures, code.commit()):
+            print(file)
+    return 1 if faults else 0
 
 
 def workers(count: int) -> int:
@@ -80,7 +83,7 @@ def _draw(name: str, shelf: Shelf, out: Path, mixed: bool, revision: dict[str, o
     command = " ".join([*again, *(["--mixed"] if mixed else [])])
     try:
         product = produce(name, shelf, mixed)
-        files = write(name, product, out, command, revision)
+        files = write(name, product, out, command, revision) if product.contents else []
     except (UserError, OSError) as error:
         return Drawn(name, [], [], [str(error)])
     return Drawn(name, files, [source.rows for source, _ in product.sources], product.complaints)

@@ -7,9 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf, Source
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, gather
 from paper_figures.style import criteria
-from src.errors import UserError
 from src.verdict import COLOURS, Verdict, phrase
 
 COLUMNS = [
@@ -30,32 +29,38 @@ COLUMNS = [
     "commit",
     "command",
 ]
+# in LaTeX, with the widths of what is long in cm
+PRINTED: dict[str, float | None] = {
+    "claim": 4.5,
+    "statement": 8,
+    "verdict": None,
+    "condition": 3,
+    "estimate": None,
+    "lo": None,
+    "hi": None,
+    "n": None,
+}
 
 
 def product(shelf: Shelf, mixed: bool) -> Product:
-    """The ledger as LaTeX, Markdown and CSV; each line says which run it is of, whatever others are."""
+    """The ledger as LaTeX, Markdown and CSV, in LaTeX without what only a computer reads; each line says which run it is of."""
     lines, sources, complaints = ledger(shelf)
-    return Product(tabular(lines), sources, complaints)
+    return Product(tabular(lines, PRINTED), sources, complaints)
 
 
 def ledger(shelf: Shelf) -> tuple[pd.DataFrame, list[tuple[Source, pd.DataFrame]], list[str]]:
-    """A line a form and data set: of the newest finished run on each data set, else of the committed rows, else marked as not measured.
+    """A line a form, data set and scale: of the newest finished run there, else of the committed rows, else marked as not measured.
 
-    Returns: the lines, the runs they are of with their rows, and a complaint for each file that is damaged.
+    Returns: the lines, the runs they are of with the stamps of their rows, and a complaint for each file that is damaged.
     """
     lines: list[dict[str, object]] = []
     sources: list[tuple[Source, pd.DataFrame]] = []
     complaints: list[str] = []
     for experiment in EXPERIMENTS:
-        found = []
-        for source in shelf.each(experiment):
-            try:
-                rows = source.read()
-                found += measured(rows, source.judged())
-                sources.append((source, rows))
-            except UserError as error:
-                complaints.append(str(error))
-        lines += found or _unmeasured(experiment)
+        found = gather([experiment], shelf.each, lambda source, rows: measured(rows, source.judged()))
+        lines += [line for run in found.taken for line in run] or _unmeasured(experiment)
+        sources += found.sources
+        complaints += found.complaints
     return pd.DataFrame(lines, columns=COLUMNS), sources, complaints
 
 

@@ -1,8 +1,9 @@
 """`wandb`: the tables rebuilt from W&B's offline runs alone, and held against those of the run folders.
 
 An offline run keeps the verdicts as a table, the run folder as an artifact (its manifest with the MD5 of every file, the files themselves
-in W&B's staging folder until they are synced), and the config. Of these the ledger's lines, the experiment's table and the cost are made
-again. Where an interrupted run left several offline runs of one id, the last counts, as it does after `wandb sync`.
+in W&B's staging folder, beside the offline runs, until they are synced), and the config. Of these the ledger's lines, the experiment's
+table and the cost are made again, and all else that was logged is looked for. Where an interrupted run left several offline runs of one
+id, the last counts, as it does after `wandb sync`.
 """
 
 import ast
@@ -23,13 +24,11 @@ import pandas as pd
 from paper_figures import cost
 from paper_figures.ledger import measured
 from paper_figures.sidecar import Product, tabular, write
-from paper_figures.sources import Source, of_folder
+from paper_figures.sources import FILES, Source, lacking, of_folder
 from src import code
 from src.errors import UserError
-from src.results import read_status
+from src.results import read_status, sha256
 from src.verdict import Verdict
-
-FILES = ("rows.parquet", "verdicts.json", "provenance.json", "config.yaml")
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,18 @@ def show_mirror(results: Path, out: Path) -> int:
         raise UserError(f"no offline runs under {results / 'wandb'}; a run leaves one with tracker=offline")
     newest = {place.name.split("-", 3)[3]: place for place in places}  # the last of each id
     failed, lines, sources = False, [], []
-    for place in newest.values():
+    for run, place in newest.items():
         try:
-            mirrored = mirrored_run(place, results)
-            if mirrored is None:
+            with lacking(place):
+                mirrored = mirrored_run(place, results)
+                rows = mirrored.source.read()
+                lines += measured(rows, mirrored.verdicts)
+                sources.append((mirrored.source, rows))
+                differing = differences(mirrored, rows)
+        except UserError as error:
+            if not any(read_status(folder) == "done" for folder in results.glob(f"*/*/*/seed*-{run}*")):
                 print(f"{place}: unfinished, left out")
                 continue
-            rows = mirrored.source.read()
-            lines += measured(rows, mirrored.verdicts)
-            sources.append((mirrored.source, rows))
-            differing = differences(mirrored, rows)
-        except UserError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -85,15 +85,17 @@ def show_mirror(results: Path, out: Path) -> int:
     return 1 if failed else 0
 
 
-def mirrored_run(place: Path, results: Path) -> Mirrored | None:
-    """What W&B holds of one run; None where the run did not finish.
+def mirrored_run(place: Path, results: Path) -> Mirrored:
+    """What W&B holds of one run.
 
     Raises: UserError naming what is missing or damaged.
     """
     records = list(_records(place))
     artifacts = [record["artifact"] for record in records if record["type"] == "artifact" and record["artifact"]["type"] == "run-folder"]
     if not artifacts:
-        return None
+        raise UserError(f"{place}: holds no run folder; the run was killed before it could be logged")
+    for record in records:
+        _refuse_lost(place, record.get("history", {}).get("item", {}))
     run = next(record["run"] for record in records if record["type"] == "run")
     config = run["config"]["update"]
     held = {entry["path"]: entry for entry in artifacts[-1]["manifest"]["contents"]}
@@ -115,7 +117,7 @@ def differences(mirrored: Mirrored, rows: pd.DataFrame) -> list[str]:
     pairs = {
         "the ledger": (measured(rows, mirrored.verdicts), measured(own_rows, own.judged())),
         "its table": (tabular(table(rows)), tabular(table(own_rows))),
-        "the cost": (tabular(cost.table([(mirrored.source, rows)])), tabular(cost.table([(own, own_rows)]))),
+        "the cost": (cost.line(mirrored.source, rows), cost.line(own, own_rows)),
     }
     files = [name for name in FILES if _md5(_file(own, name)) != _md5(_file(mirrored.source, name))]
     return [*files, *(what for what, (one, other) in pairs.items() if one != other)]
@@ -133,7 +135,7 @@ def unmirrored(results: Path, ids: Mapping[str, Path]) -> Iterator[Path]:
 def _records(place: Path) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode or "corrupt" in done.stderr:
         raise UserError(f"{place}: W&B can't read it ({' '.join(done.stderr.split()[-12:])})")
     try:
         yield from map(json.loads, done.stdout.splitlines())
@@ -141,11 +143,22 @@ def _records(place: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{place}: damaged") from error
 
 
+def _refuse_lost(place: Path, logged: Mapping[str, Any]) -> None:
+    """Refuse tables and images, logged with their sha256 under NAME.sha256 and NAME.path, that are not there as they were."""
+    for key in logged:
+        if key.endswith(".sha256"):
+            file = place / "files" / logged[f"{key.removesuffix('sha256')}path"]
+            if not file.is_file() or sha256(file) != logged[key]:
+                raise UserError(f"{file}: was logged, but is missing or damaged")
+
+
 def _copy(place: Path, held: Mapping[str, Mapping[str, str]], name: str) -> Path:
     """W&B's own copy of a file of the run folder, checked against its digest."""
     if name not in held:
         raise UserError(f"{place}: its artifact lacks {name}")
-    copy = Path(held[name].get("local_path", ""))
+    staged = Path(held[name].get("local_path", ""))
+    # with the folder that the runs are in, where that was moved
+    copy = staged if staged.is_file() else place.parent / "artifacts/staging" / staged.name
     if not copy.is_file():
         raise UserError(f"{place}: {name} is no longer in W&B's staging folder (synced, or cleaned)")
     if _md5(copy) != held[name]["digest"]:

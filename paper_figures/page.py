@@ -12,24 +12,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from paper_figures.ledger import ledger
+from paper_figures.sidecar import Product, write
 from paper_figures.sources import HERE, Shelf
-from src.results import write_atomically
 from src.verdict import COLOURS, phrase
 
 HEADINGS = ("form", "as", "statement", "verdict", "estimate", "interval", "n", "data", "scale")
 
 
-def write_page(shelf: Shelf, out: Path, figures: Sequence[str]) -> Path:
-    """Write index.html; return it.
+def write_page(shelf: Shelf, out: Path, figures: Sequence[str], code: Mapping[str, object]) -> list[Path]:
+    """Write index.html and its sidecar; return them.
 
     Args:
         shelf: where the ledger's verdicts are looked for.
         out: the folder with the figures' SVG, where the page goes too.
         figures: the names of those that were drawn.
+        code: commit of this repository and whether files differ from it.
     """
-    page = render(ledger(shelf)[0], {name: (out / f"{name}.svg").read_text(encoding="utf-8") for name in figures})
-    write_atomically(out / "index.html", page)
-    return out / "index.html"
+    lines, sources, _ = ledger(shelf)
+    page = render(lines, {name: (out / f"{name}.svg").read_text(encoding="utf-8") for name in figures})
+    return write("index", Product({"html": page}, sources), out, "python -m paper_figures page", code)
 
 
 def render(lines: pd.DataFrame, figures: Mapping[str, str]) -> str:

@@ -1,17 +1,14 @@
 """What can be drawn, by name, and how each comes from rows."""
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import pandas as pd
 
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf, Source, require_one
-from src.errors import UserError
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, lacking, require_one
 
-Made = TypeVar("Made")
-# a table of all claims, by the module that makes it: each has `table(shelf)`
+# a table of all claims, by the module that makes it: each has `product(shelf, mixed)`
 TABLES = ("ledger", "seeds", "published", "zoo", "cost")
 FIGURES = ("overview", *EXPERIMENTS)
 NAMES = (*FIGURES, *TABLES, "numbers", "summary")
@@ -40,21 +37,11 @@ def produce(name: str, shelf: Shelf, mixed: bool) -> Product:
 def _drawn(name: str, sources: Sequence[tuple[Source, pd.DataFrame]], mixed: bool) -> Product:
     tables = [rows for _, rows in sources]
     module, style = importlib.import_module(f"paper_figures.{name}"), importlib.import_module("paper_figures.style")
-    first, *others = (source.rows for source, _ in sources)
-    files = f"{first} and {len(others)} more" if others else str(first)
-    try:
-        require_one(tables, mixed)
-    except UserError as error:
-        raise UserError(f"{files}: {error}") from error
+    files = [source.rows for source, _ in sources]
+    if not mixed:
+        require_one(tables, f"{files[0]} and {len(files) - 1} more" if files[1:] else str(files[0]))
     rows = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
-    figure, table = _or_partial(files, lambda: (module.draw(rows), module.table(rows)))
+    with lacking(*files):
+        figure, table = module.draw(rows), module.table(rows)
     images = {kind: style.to_bytes(figure, kind) for kind in ("pdf", "svg", "png")}
     return Product({**images, **tabular(table)}, sources)
-
-
-def _or_partial(files: str, make: Callable[[], Made]) -> Made:
-    """What is made of rows; that they lack what is shown is told with their file."""
-    try:
-        return make()
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{files}: partial, its rows lack what is shown ({type(error).__name__}: {error})") from error

@@ -11,7 +11,7 @@ from experiments.deep_supervision import DSN_ERROR
 from experiments.greedy_published import BELILOVSKY, NOKLAND
 from experiments.residual_unlock import TABLE_6
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf
+from paper_figures.sources import EXPERIMENTS, Shelf, gather
 from paper_figures.style import criteria
 from src.rows import pick
 from src.statistics import t_interval
@@ -21,6 +21,19 @@ CITED = re.compile(r"[A-Z]\w+(?: & [A-Z]\w+| et al\.)? (?:19|20)\d\d")
 NOT_RUN = "not run"
 ERROR = "test error, %"
 COLUMNS = ["experiment", "form", "source", "what", "published", "measured", "lo", "hi", "n", "verdict", "data", "scale"]
+# in LaTeX, with the widths of what is long in cm
+PRINTED: dict[str, float | None] = {
+    "source": 3,
+    "what": 6,
+    "published": 5,
+    "measured": None,
+    "lo": None,
+    "hi": None,
+    "n": None,
+    "verdict": 2.5,
+    "data": None,
+    "scale": None,
+}
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,13 @@ REPORTED = (
 def product(shelf: Shelf, mixed: bool) -> Product:
     """The table; each line says at which scale it was measured, whatever others are."""
     names = sorted({reported.form.partition("/")[0] for reported in REPORTED} | {form.partition("/")[0] for form in cited()})
-    sources = [(source, source.read()) for name in names for source in shelf.each(name)]
-    verdicts = [(rows, source.judged()) for source, rows in sources]
+    found = gather(names, shelf.each, lambda source, rows: (rows, source.judged()))
+    verdicts = found.taken
     lines = [
         *(_accuracy(reported, verdicts) for reported in REPORTED),
         *(line for rows, entries in verdicts for line in _forms(rows, entries)),
     ]
-    return Product(tabular(pd.DataFrame(lines, columns=COLUMNS)), sources)
+    return Product(tabular(pd.DataFrame(lines, columns=COLUMNS), PRINTED), found.sources, found.complaints)
 
 
 @cache

@@ -4,8 +4,7 @@ import pandas as pd
 
 from paper_figures.ledger import measured
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf, Source
-from src.errors import UserError
+from paper_figures.sources import EXPERIMENTS, Shelf, gather
 from src.verdict import COLOURS
 
 WHERE = ["claim", "form", "data", "scale"]
@@ -13,18 +12,10 @@ WHERE = ["claim", "form", "data", "scale"]
 
 def product(shelf: Shelf, mixed: bool) -> Product:
     """A line a form, data set and scale; of all finished runs, else of the committed ones."""
-    lines: list[dict[str, object]] = []
-    sources: list[tuple[Source, pd.DataFrame]] = []
-    complaints: list[str] = []
-    for experiment in EXPERIMENTS:
-        for source in shelf.every(experiment):
-            try:
-                first = source.read().head(1)  # ten thousand runs' rows would not fit
-                lines += measured(first, source.judged())
-                sources.append((source, first))
-            except UserError as error:
-                complaints.append(str(error))
-    return Product(tabular(counted(pd.DataFrame(lines))), sources, complaints)
+    found = gather(EXPERIMENTS, shelf.every, lambda source, rows: measured(rows, source.judged()))
+    if not found.taken:
+        return Product({}, [], found.complaints)
+    return Product(tabular(counted(pd.DataFrame([line for run in found.taken for line in run]))), found.sources, found.complaints)
 
 
 def counted(lines: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 
 from paper_figures.sources import Source
 from src.code import ROOT
-from src.results import write_atomically
+from src.results import sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Product:
 
     Attributes:
         contents: the content of each file by its ending.
-        sources: the runs it is drawn from, each with its rows.
+        sources: the runs it is drawn from, each with its rows or their stamps.
         complaints: what could not be taken into it, a line each.
     """
 
@@ -57,13 +58,46 @@ def told(name: str, product: Product, command: str, code: Mapping[str, object]) 
     }
 
 
-def tabular(table: pd.DataFrame) -> dict[str, str]:
-    """A table in its formats, by the ending of the file."""
-    return {
-        "tex": table.style.hide(axis="index").format(precision=4, escape="latex", na_rep="–").to_latex(hrules=True),
-        "md": table.to_markdown(index=False, floatfmt=".4g", missingval="–") + "\n",
-        "csv": table.to_csv(index=False),
-    }
+def tabular(table: pd.DataFrame, printed: Mapping[str, float | None] | None = None) -> dict[str, str]:
+    """A table in its formats, by the ending of the file.
+
+    Args:
+        table: texts and numbers; its headings are texts.
+        printed: the columns that LaTeX shows, each with a width in cm if it is to be broken into lines; such a table may run over
+            pages and needs the package longtable. None: all of them, none broken.
+    """
+    return {"tex": latex(table, printed), "md": markdown(table), "csv": table.to_csv(index=False)}
+
+
+def latex(table: pd.DataFrame, printed: Mapping[str, float | None] | None) -> str:
+    """A table of booktabs."""
+    styled = (table if printed is None else table[list(printed)]).style.hide(axis="index")
+    styled.format(_number, escape="latex", na_rep="–").format_index(escape="latex", axis="columns")
+    if printed is None:
+        return styled.to_latex(hrules=True)
+    columns = (rf"p{{{width}cm}}" if width else "l" for width in printed.values())
+    return styled.to_latex(hrules=True, environment="longtable", column_format="".join(columns))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of pipes."""
+    safe = table.rename(columns=piped).map(lambda value: piped(value) if isinstance(value, str) else value)
+    return safe.to_markdown(index=False, floatfmt=".4g", missingval="–") + "\n"
+
+
+def _number(value: object) -> object:
+    """A number to four digits, as LaTeX prints it; the rest as it is."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return r"$\infty$" if value > 0 else r"$-\infty$"
+    digits, _, power = f"{value:.4g}".partition("e")
+    return rf"${digits}\times 10^{{{int(power)}}}$" if power else f"${digits}$"
+
+
+def piped(text: str) -> str:
+    """A text as the cell of a table of pipes."""
+    return text.replace("|", r"\|")
 
 
 def shown(path: Path) -> str:
@@ -75,8 +109,7 @@ def shown(path: Path) -> str:
 def _of(source: Source, rows: pd.DataFrame) -> dict[str, Any]:
     stamps = rows[["experiment", "data", "scale", "root_seed", "run", "commit", "dirty"]].drop_duplicates()
     return {
-        "file": shown(source.rows),
-        "sha256": source.sha256,
+        "files": {shown(file): sha256(file) for file in source.files},
         "runs": stamps.to_dict("records"),
         "config": source.settings(rows),
     }

@@ -1,12 +1,12 @@
 """Which rows are drawn: the newest finished run of an experiment, else the committed ones; and whether they may stand in one figure."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 from omegaconf import OmegaConf
@@ -15,16 +15,22 @@ from yaml import YAMLError
 from src import rows as row_table
 from src.config import Config, register_resolvers
 from src.errors import UserError
-from src.results import decisive, from_plain, run_hash
+from src.results import decisive, from_plain, run_hash, sha256
 from src.run import CONF, check
 from src.verdict import Verdict
 
 HERE = Path(__file__).parent
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+# of a run folder
+FILES = ("rows.parquet", "verdicts.json", "provenance.json", "config.yaml")
 # what every row says of its run
 STAMP = {"data", "data_requested", "fallback", "train_images", "test_images", "scale", "root_seed", "run", "commit", "dirty"}
 # what the rows of one figure must have in common
 COMMON = {"commit": "commits", "data": "data sets", "scale": "scales"}
+
+
+Taken = TypeVar("Taken")
+AGAIN = "run the experiment again with force=true"
 
 
 @dataclass(frozen=True)
@@ -34,39 +40,45 @@ class Source:
     Attributes:
         experiment: its name.
         rows: and verdicts, provenance, config: its files; the config of committed rows is no file.
+        folder: the run folder; None of committed rows, or of copies.
     """
 
     experiment: str
     rows: Path
     verdicts: Path
     provenance: Path
-    config: Path | None
+    config: Path | None = None
+    folder: Path | None = None
 
     def read(self) -> pd.DataFrame:
         """Its rows.
 
-        Raises: UserError when the file is missing, damaged, or holds none or another experiment's.
+        Raises: UserError when the file is missing, damaged, not as the run left it, or holds none or those of another experiment or run.
         """
         rows = row_table.read(self.rows)
         if missing := STAMP - set(rows.columns):
-            raise UserError(
-                f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; run the experiment again with force=true"
-            )
-        if set(rows["experiment"]) != {self.experiment}:
-            raise UserError(
-                f"{self.rows}: not the rows of {self.experiment}; run python -m src.run experiment={self.experiment} with force=true"
-            )
+            raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
+        if rows.empty or set(rows["experiment"]) != {self.experiment}:
+            found = "it holds no rows" if rows.empty else f"not the rows of {self.experiment}"
+            raise UserError(f"{self.rows}: {found}; run python -m src.run experiment={self.experiment} with force=true")
+        if self.folder and (foreign := set(map(_place, stamps(rows).to_dict("records"))) - {_place_of(self.folder)}):
+            raise UserError(f"{self.rows}: rows of another run, {', '.join(sorted(foreign))}; {AGAIN}")
+        self._refuse_changed(self.rows, FILES[0])
         return rows
 
     def judged(self) -> list[Verdict]:
         """Its verdicts.
 
-        Raises: UserError when the file is missing or damaged.
+        Raises: UserError when the file is missing, damaged, not as the run left it, or of another experiment.
         """
         try:
-            return [Verdict.of(entry) for entry in json.loads(self.verdicts.read_bytes())]
+            verdicts = [Verdict.of(entry) for entry in json.loads(self.verdicts.read_bytes())]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.verdicts}: missing or damaged; run the experiment again with force=true") from error
+            raise UserError(f"{self.verdicts}: missing or damaged; {AGAIN}") from error
+        if {verdict.claim.partition("/")[0] for verdict in verdicts} != {self.experiment}:
+            raise UserError(f"{self.verdicts}: not the verdicts of {self.experiment}; {AGAIN}")
+        self._refuse_changed(self.verdicts, FILES[1])
+        return verdicts
 
     def told(self) -> dict[str, Any] | None:
         """Its provenance; None where there is none.
@@ -74,29 +86,97 @@ class Source:
         Raises: UserError when the file is damaged.
         """
         try:
-            return json.loads(self.provenance.read_bytes())
+            told = json.loads(self.provenance.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.provenance}: damaged; run the experiment again with force=true") from error
+            raise UserError(f"{self.provenance}: damaged; {AGAIN}") from error
+        if not isinstance(told, dict):
+            raise UserError(f"{self.provenance}: damaged; {AGAIN}")
+        return told
 
     def settings(self, rows: pd.DataFrame) -> Any:
-        """What decided its numbers; of committed rows today's config, if its hash names their run. None where that isn't known."""
+        """What decided its numbers; of committed rows today's config, if its hash names their run. None where that isn't known.
+
+        Raises: UserError when its own config is damaged.
+        """
+        if self.config is not None:
+            try:
+                return decisive(from_plain(OmegaConf.to_container(OmegaConf.load(self.config))))
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError, YAMLError) as error:
+                raise UserError(f"{self.config}: damaged; {AGAIN}") from error
         try:
-            config = (
-                _composed(*rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0])
-                if self.config is None
-                else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
-            )
-        except (OSError, ValueError, YAMLError, UserError):
+            config = todays_config(rows)
+        except UserError:
             return None
-        known = self.config is not None or run_hash(config) == rows["run"].iloc[0]
-        return decisive(config) if known else None
+        return decisive(config) if run_hash(config) == rows["run"].iloc[0] else None
 
     @property
-    def sha256(self) -> str:
-        """Of its rows."""
-        return hashlib.sha256(self.rows.read_bytes()).hexdigest()
+    def files(self) -> list[Path]:
+        """Those of its files that are there."""
+        return [file for file in (self.rows, self.verdicts, self.provenance, self.config) if file and file.exists()]
+
+    def _refuse_changed(self, file: Path, name: str) -> None:
+        """Refuse a file that is not as the run left it, by the sha256 in the provenance."""
+        if (self.told() or {}).get("sha256", {}).get(name, left := sha256(file)) != left:
+            raise UserError(f"{file}: not as the run left it, by {self.provenance}; {AGAIN}")
+
+
+@dataclass(frozen=True)
+class Gathered(Generic[Taken]):
+    """What was taken from many runs.
+
+    Attributes:
+        taken: of each run in turn.
+        sources: the runs, each with the stamps of its rows.
+        complaints: a line for each that could not be read.
+    """
+
+    taken: list[Taken]
+    sources: list[tuple[Source, pd.DataFrame]]
+    complaints: list[str]
+
+
+def gather(names: Iterable[str], find: Callable[[str], Iterable[Source]], take: Callable[[Source, pd.DataFrame], Taken]) -> Gathered[Taken]:
+    """Take something from the runs of many experiments; what is missing, damaged, partial or mixed is told, and left out.
+
+    Args:
+        names: of the experiments.
+        find: the runs of one.
+        take: what is taken from a run and its rows.
+    """
+    gathered: Gathered[Taken] = Gathered([], [], [])
+    for name in names:
+        with _complaining(gathered.complaints):
+            for source in find(name):
+                with _complaining(gathered.complaints):
+                    rows = source.read()
+                    require_one([rows], str(source.rows))
+                    with lacking(source.rows):
+                        taken = take(source, rows)
+                    gathered.taken.append(taken)
+                    gathered.sources.append((source, stamps(rows)))
+    return gathered
+
+
+@contextmanager
+def _complaining(complaints: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        complaints.append(str(error))
+
+
+@contextmanager
+def lacking(*files: Path) -> Iterator[None]:
+    """Raise UserError naming the files, where what is made of them finds that they lack something."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        told = f"{files[0]} and {len(files) - 1} more" if files[1:] else str(files[0])
+        raise UserError(f"{told}: partial, it lacks what is shown ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -109,35 +189,44 @@ class Shelf:
     def newest(self, experiment: str) -> Source:
         """The newest finished run of an experiment, else the committed rows.
 
-        Raises: UserError when there are neither.
+        Raises: UserError when there are neither, or a run can't be told to be finished.
         """
-        runs = row_table.finished_runs(self.results, experiment)
-        committed = self.committed(experiment)
-        if not runs and not committed.rows.exists():
+        found = self.every(experiment)
+        if not found:
             raise UserError(f"no finished run under {self.results} and no reference rows; run python -m src.run experiment={experiment}")
-        return of_folder(runs[-1]) if runs else committed
+        return found[-1]
 
     def each(self, experiment: str) -> list[Source]:
-        """The newest finished run of an experiment on each data set, else the committed rows, else nothing."""
-        newest = {folder.parts[-3]: folder for folder in row_table.finished_runs(self.results, experiment)}
-        committed = self.committed(experiment)
-        return [of_folder(folder) for _, folder in sorted(newest.items())] or ([committed] if committed.rows.exists() else [])
+        """The newest finished run of an experiment on each data set at each scale, else the committed rows, else nothing.
+
+        Raises: UserError when a run can't be told to be finished.
+        """
+        newest = {source.folder.parts[-3:-1] if source.folder else (): source for source in self.every(experiment)}
+        return [source for _, source in sorted(newest.items())]
 
     def every(self, experiment: str) -> list[Source]:
-        """All finished runs of an experiment, oldest first, else the committed rows, else nothing."""
+        """All finished runs of an experiment, oldest first, else the committed rows, else nothing.
+
+        Raises: UserError when a run can't be told to be finished.
+        """
         committed = self.committed(experiment)
         runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
-        return runs or ([committed] if committed.rows.exists() else [])
+        return runs or ([committed] if committed.files else [])
 
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""
-        rows, verdicts, provenance = (self.reference / f"{experiment}.{kind}" for kind in ("parquet", "json", "provenance.json"))
-        return Source(experiment, rows, verdicts, provenance, None)
+        return Source(experiment, *(self.reference / f"{experiment}.{kind}" for kind in ("parquet", "json", "provenance.json")))
 
 
 def of_folder(folder: Path) -> Source:
     """The files of a run folder."""
-    return Source(folder.parts[-4], *(folder / name for name in ("rows.parquet", "verdicts.json", "provenance.json", "config.yaml")))
+    rows, verdicts, provenance, config = (folder / name for name in FILES)
+    return Source(folder.parts[-4], rows, verdicts, provenance, config, folder)
+
+
+def stamps(rows: pd.DataFrame) -> pd.DataFrame:
+    """What rows say of their runs, once for each."""
+    return rows[["experiment", *sorted(STAMP)]].drop_duplicates()
 
 
 def mixture(tables: Sequence[pd.DataFrame]) -> str:
@@ -150,16 +239,33 @@ def mixture(tables: Sequence[pd.DataFrame]) -> str:
     return " and ".join(told)
 
 
-def require_one(tables: Sequence[pd.DataFrame], mixed: bool) -> None:
-    """Raise UserError when rows mix commits, data sets or scales, unless that is asked for."""
-    if (told := mixture(tables)) and not mixed:
-        raise UserError(f"its rows mix {told}; run them alike, or add --mixed to have it drawn and said so")
+def require_one(tables: Sequence[pd.DataFrame], where: str) -> None:
+    """Raise UserError saying where, when rows mix commits, data sets or scales."""
+    if told := mixture(tables):
+        raise UserError(f"{where}: its rows mix {told}; run them alike, or add --mixed to have a figure drawn and said so")
+
+
+def _place(stamp: dict[Any, Any]) -> str:
+    """Where the folder of a run lies."""
+    return f"{stamp['experiment']}/{stamp['data_requested']}/{stamp['scale']}/seed{stamp['root_seed']}-{stamp['run']}"
+
+
+def _place_of(folder: Path) -> str:
+    return "/".join(folder.parts[-4:])
 
 
 def _label(at: dict[Any, Any]) -> str:
     if "commit" not in at:
         return str(next(iter(at.values())))
     return f"{at['commit'][:7]}{' with changes' if at['dirty'] else ''}"
+
+
+def todays_config(rows: pd.DataFrame) -> Config:
+    """The config that the run of these rows would have today.
+
+    Raises: UserError when there is none.
+    """
+    return _composed(*rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0])
 
 
 @cache

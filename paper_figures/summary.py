@@ -3,7 +3,7 @@
 import pandas as pd
 
 from paper_figures.ledger import ledger
-from paper_figures.sidecar import Product
+from paper_figures.sidecar import Product, piped
 from paper_figures.sources import HERE, Shelf
 
 START = "<!-- made by python -m paper_figures summary -->"
@@ -43,7 +43,7 @@ def stated(lines: pd.DataFrame) -> str:
     own = lines[lines["form"] == "as_stated"]
     return _markdown(
         ["experiment", "as stated", "verdict"],
-        [(f"`{_experiment(line.claim)}`", _escaped(line.statement), _word(line.verdict, line.condition)) for line in own.itertuples()],
+        [(f"`{_experiment(line.claim)}`", piped(line.statement), _word(line.verdict, line.condition)) for line in own.itertuples()],
     )
 
 
@@ -63,10 +63,6 @@ def _word(verdict: str, condition: object) -> str:
     if verdict == "refuted":
         return "**refuted**"
     return f"holds if `{condition}`" if verdict == "holds_if" else verdict
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", r"\|")
 
 
 def _markdown(headings: list[str], rows: list[tuple[str, ...]]) -> str:

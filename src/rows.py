@@ -112,9 +112,15 @@ def commits(path: Path) -> list[str]:
 
 
 def finished_runs(results_dir: Path, experiment: str) -> list[Path]:
-    """The folders of an experiment's finished runs, oldest first."""
-    statuses = sorted(results_dir.glob(f"{experiment}/*/*/seed*/status.json"), key=lambda status: status.stat().st_mtime_ns)
-    return [status.parent for status in statuses if read_status(status.parent) == "done"]
+    """The folders of an experiment's finished runs, oldest first.
+
+    Raises: UserError naming a status that is damaged.
+    """
+    files = sorted(results_dir.glob(f"{experiment}/*/*/seed*/status.json"), key=lambda status: status.stat().st_mtime_ns)
+    statuses = {file: read_status(file.parent) for file in files}
+    if damaged := [file for file, status in statuses.items() if status is None]:
+        raise UserError(f"{damaged[0]}: damaged; move its folder away, or run the experiment again with force=true")
+    return [file.parent for file, status in statuses.items() if status == "done"]
 
 
 def pick(rows: pd.DataFrame, quantity: str, **coordinates: object) -> pd.DataFrame:

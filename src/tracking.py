@@ -167,7 +167,21 @@ def open_tracker(config: Config, run_id: str) -> Iterator[Tracker]:
         ) from error
     failed = True
     try:
-        yield WandB(run)
+        with _staging_in(directory / "wandb"):
+            yield WandB(run)
         failed = False
     finally:
         run.finish(exit_code=int(failed))
+
+
+@contextmanager
+def _staging_in(folder: Path) -> Iterator[None]:
+    """Keep what is to be uploaded with the offline runs, for another machine may sync them; unless the user keeps it elsewhere."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder.absolute())
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]

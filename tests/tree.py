@@ -79,6 +79,8 @@ def second(context):
         raise ZeroDivisionError("by order")
     if order(seed) == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if order(seed) == "linger":
+        time.sleep(1)
     while order(seed) == "hold":
         time.sleep(0.05)
     return numbers(context)[4:]
@@ -162,7 +164,7 @@ class User:
         return process.returncode, out
 
     def order(self, what: str, *seeds: int) -> None:
-        """What the runs of some seeds shall do: raise, kill, hold; or go on."""
+        """What the runs of some seeds shall do: raise, kill, hold, linger; or go on."""
         for seed in seeds:
             file = self.tree / f"orders/{seed}"
             file.write_text(what) if what != "go on" else file.unlink(missing_ok=True)

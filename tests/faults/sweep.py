@@ -35,6 +35,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         user = User(plant(Path(folder) / "tree"), {**os.environ, "BACKLOCK_AT_ONCE": "2"})
         sweep = ("src.run", "-m", "experiment=tiny", f"seed=range({options.runs})", "cluster=local")
+        user.order("linger", *range(options.runs))  # else few are caught at work
         killed = dict.fromkeys(("launcher", "controller", "job", "server", "run"), 0)
         try:
             launcher = user.start(*sweep)

@@ -16,20 +16,20 @@ from tests.experiments.measured import experiment, small_context, small_rows, ve
 
 
 @cache
-def parquet(name: str, fallback: bool = False, run: str = "a-run") -> bytes:
-    """Rows of a tiny run, as its rows.parquet."""
+def parquet(name: str, run: str = "a-run", fallback: bool = False, **stamp: object) -> bytes:
+    """Rows of a tiny run, as its rows.parquet; digits in place of MNIST if it is a fallback."""
     measured = small_context(name)
-    stamp = stamp_of(measured.config, measured.data, run, {"commit": "0" * 40, "dirty": False})
+    own = stamp_of(measured.config, measured.data, run, {"commit": "0" * 40, "dirty": False})
     if fallback:
-        stamp |= {"data_requested": "mnist", "fallback": True}
-    return row_table.to_parquet(small_rows(name), experiment(name).QUANTITIES, stamp)
+        own |= {"data_requested": "mnist", "fallback": True}
+    return row_table.to_parquet(small_rows(name), experiment(name).QUANTITIES, {**own, **stamp})
 
 
-def finished_run(results: Path, name: str, run: str = "a-run") -> Path:
+def finished_run(results: Path, name: str, run: str = "a-run", data: str = "digits", fallback: bool = False) -> Path:
     """Put a finished run into a results folder; return its rows."""
-    folder = results / name / "digits" / "smoke" / f"seed0-{run}"
+    folder = results / name / ("mnist" if fallback else data) / "smoke" / f"seed0-{run}"
     folder.mkdir(parents=True)
-    (folder / "rows.parquet").write_bytes(parquet(name, run=run))
+    (folder / "rows.parquet").write_bytes(parquet(name, run, fallback, data=data, **({} if fallback else {"data_requested": data})))
     (folder / "verdicts.json").write_text(json.dumps([asdict(verdict) for verdict in verdicts(name, small_rows(name)).values()]))
     (folder / "status.json").write_text('{"status": "done"}', encoding="utf-8")
     return folder / "rows.parquet"
@@ -37,7 +37,7 @@ def finished_run(results: Path, name: str, run: str = "a-run") -> Path:
 
 def read(name: str, folder: Path, fallback: bool = False) -> pd.DataFrame:
     file = folder / f"{name}.parquet"
-    file.write_bytes(parquet(name, fallback))
+    file.write_bytes(parquet(name, fallback=fallback))
     return row_table.read(file)
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_figures.check import NOT, NOTHING, ORDER, WITHIN, agree, compare, show_check, told
+from paper_figures import check
+from paper_figures.check import NOT, NOTHING, ORDER, WITHIN, agree, compare, show_check
 from paper_figures.sources import Shelf
 from src.errors import UserError
 from src.verdict import Verdict
@@ -46,14 +47,12 @@ def verdict(word: str = "holds", estimate: float | None = 1.0, half: float | Non
         (verdict("holds"), verdict("inconclusive", 1.1, None), NOT),  # too few draws to say anything are no reproduction
         (verdict("holds"), verdict("refuted"), NOT),
         (verdict("refuted"), verdict("holds_if"), NOT),
-        (verdict(), None, NOT),
-        (verdict(), replace(verdict(), criterion="≥ 1"), NOTHING),
         (replace(verdict("inconclusive", None), evidence="no cell: nothing was measured"), verdict(), NOTHING),
         (verdict("inconclusive", None), verdict("inconclusive", None), WITHIN),
         (verdict("inconclusive", None), verdict("inconclusive", None, cell="depth=8"), ORDER),
     ],
 )
-def test_the_three_words(reference: Verdict, run: Verdict | None, word: str) -> None:
+def test_the_three_words(reference: Verdict, run: Verdict, word: str) -> None:
     assert compare(reference, run, together=1)[0] == word
 
 
@@ -88,11 +87,6 @@ def shelf(tmp_path: Path) -> Shelf:
     return shelf
 
 
-def change(file: Path, **columns: object) -> None:
-    entries = json.loads(file.read_text())
-    file.write_text(json.dumps([{**entries[0], **columns}, *entries[1:]]))
-
-
 def test_the_same_run_is_reproduced(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_check(shelf, [], tmp_path / "out") == 0
     lines = pd.read_csv(tmp_path / "out/check.csv")
@@ -104,12 +98,23 @@ def test_the_same_run_is_reproduced(shelf: Shelf, tmp_path: Path, capsys: pytest
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".tex", ".md", ".csv", ".json"}
 
 
-def test_an_opposite_verdict_is_not(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run,) = shelf.results.glob("*/*/*/seed*/verdicts.json")
-    change(run, verdict="holds")
-    change(shelf.reference / f"{NAME}.json", verdict="refuted")
+def test_an_opposite_verdict_is_not(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "judged", lambda source, rows: [verdict("holds" if source.folder else "refuted")])
     assert show_check(shelf, [NAME], tmp_path) == 1
-    assert "1 not reproduced" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 not reproduced" in out
+    assert "1 of 1 experiments compared" in out
+
+
+def test_verdicts_are_judged_anew_from_the_rows(shelf: Shelf, tmp_path: Path) -> None:
+    (run,) = shelf.results.glob("*/*/*/seed*/rows.parquet")
+    run.with_name("verdicts.json").write_text("[]")
+    assert show_check(shelf, [NAME], tmp_path) == 0
+    rows = pd.read_parquet(run)
+    rows.assign(value=rows["value"].where(rows["quantity"] != "norm_error", 1.0)).to_parquet(run)
+    assert show_check(shelf, [NAME], tmp_path) == 1
 
 
 @pytest.mark.parametrize(("column", "value", "word"), [("scale", "quick", "other scale"), ("data", "mnist", "other data set")])
@@ -123,11 +128,21 @@ def test_other_scales_and_data_sets_are_not_compared(
     assert f"{NAME}: {word}: runs on digits at smoke, reference on" in capsys.readouterr().out
 
 
-def test_damage_is_a_line_and_an_exit_code(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run,) = shelf.results.glob("*/*/*/seed*/verdicts.json")
-    run.write_text("[{")
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda rows: rows.assign(commit=["a"] + ["b"] * (len(rows) - 1)), "mix commits a, b"),
+        (lambda rows: rows[rows["quantity"] != rows["quantity"].iloc[0]], "partial"),
+        (lambda rows: rows.drop(columns="dirty"), "partial"),
+    ],
+)
+def test_damage_is_a_line_and_an_exit_code(shelf: Shelf, tmp_path: Path, damage, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = shelf.results.glob("*/*/*/seed*/rows.parquet")
+    damage(pd.read_parquet(run)).to_parquet(run)
     assert show_check(shelf, [], tmp_path) == 1
-    assert capsys.readouterr().err == f"error: {NAME}: {run}: missing or damaged; run the experiment again with force=true\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {NAME}: {run}: ")
+    assert told in line
 
 
 def test_an_unknown_experiment_is_refused(shelf: Shelf, tmp_path: Path) -> None:
@@ -138,9 +153,7 @@ def test_an_unknown_experiment_is_refused(shelf: Shelf, tmp_path: Path) -> None:
 def test_a_run_of_other_draws_is_said_to_be_one(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shelf.reference / f"{NAME}.parquet").write_bytes(parquet(NAME, run="another"))
     assert show_check(shelf, [NAME], tmp_path) == 0
-    assert "other draws, verdicts alone are compared" in capsys.readouterr().out
-
-
-def test_a_form_that_the_run_lacks_is_in_the_table() -> None:
-    (line,) = told([(verdict(), None)]).to_dict("records")
-    assert (line["told"], line["run"]) == (NOT, "–")
+    assert "another config: verdicts alone are compared" in capsys.readouterr().out
+    (shelf.reference / f"{NAME}.parquet").write_bytes(parquet(NAME, run="another", root_seed=7))
+    assert show_check(shelf, [NAME], tmp_path) == 0
+    assert "seed 0 against 7: verdicts alone are compared" in capsys.readouterr().out

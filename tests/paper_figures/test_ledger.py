@@ -52,9 +52,7 @@ def test_a_run_on_another_data_set_has_lines_of_its_own_and_a_newer_one_replaces
     newer.write_text(json.dumps([{**entry, "evidence": "newer"} for entry in entries]))
     once = ledger(results, tmp_path)
     assert set(once.query("data == 'digits'")["evidence"]) == {"newer"}
-    folder = results / NAME / "digits"
-    folder.rename(results / NAME / "mnist")
-    finished_run(results, NAME, "older")
+    finished_run(results, NAME, data="mnist")
     assert len(ledger(results, tmp_path)) == len(once) + len(entries)
 
 
@@ -67,7 +65,7 @@ def test_committed_verdicts_stand_in(results: Path, tmp_path: Path) -> None:
 
 
 def test_a_fallback_is_said(results: Path, tmp_path: Path) -> None:
-    finished_run(results, NAME).write_bytes(parquet(NAME, fallback=True))
+    finished_run(results, NAME, fallback=True)
     assert "digits in place of mnist" in set(ledger(results, tmp_path)["data"])
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from paper_figures import __main__ as command
 from paper_figures import drawing, products
 from paper_figures.products import FIGURES
-from paper_figures.sources import HERE, Shelf, mixture
+from paper_figures.sources import AGAIN, HERE, Shelf, mixture
 from paper_figures.style import panels
 from src import code
 from src.results import hash_of
@@ -38,7 +38,8 @@ class Commands:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         self.results, self.out = folder / "results", folder / "out"
         self.reference = folder / "reference"
-        self.reference.mkdir()
+        for place in (self.results, self.reference):
+            place.mkdir()
         monkeypatch.setattr(command, "HERE", folder)
         monkeypatch.setattr(drawing, "workers", lambda _: 1)
         self._monkeypatch, self._capsys = monkeypatch, capsys
@@ -78,6 +79,7 @@ def test_without_names_everything_is_written(run: Commands) -> None:
     tables = {f"{name}.{kind}" for name in products.TABLES for kind in ("tex", "md", "csv", "json")}
     figures = {f"{name}.{kind}" for name in FIGURES for kind in KINDS}
     assert {file.name for file in run.out.iterdir()} == {
+        "index.json",
         *tables,
         *figures,
         "numbers.tex",
@@ -226,10 +228,10 @@ def test_the_overview_and_the_numbers_refuse_runs_that_are_not_alike(run: Comman
     for name in NAMES:
         finished_run(run.results, name)
     other = run.results / "certificate/digits/smoke/seed0-a-run/rows.parquet"
-    pd.read_parquet(other).assign(scale="another").to_parquet(other)
+    pd.read_parquet(other).assign(commit="another").to_parquet(other)
     answer = run("overview", "numbers", "ledger")
     assert [line.split(":")[1].strip() for line in answer.errors] == ["overview", "numbers"]
-    assert all("another" in line for line in answer.errors)
+    assert all("mix commits 0000000, another" in line for line in answer.errors)
     assert {file.stem for file in run.out.iterdir()} == {"ledger"}
 
 
@@ -238,7 +240,7 @@ def test_rows_without_what_is_shown_are_told_in_a_line(run: Commands, monkeypatc
     monkeypatch.setattr(f"paper_figures.{NAMES[0]}.draw", lambda rows: rows["a column that no rows have"])
     answer = run(NAMES[0])
     assert (answer.code, len(answer.errors)) == (1, 1)
-    assert f"{source}: partial, its rows lack what is shown (KeyError" in answer.errors[0]
+    assert f"{source}: partial, it lacks what is shown (KeyError" in answer.errors[0]
 
 
 def test_rows_without_their_stamp_are_told_in_a_line(run: Commands) -> None:
@@ -246,6 +248,67 @@ def test_rows_without_their_stamp_are_told_in_a_line(run: Commands) -> None:
     pd.read_parquet(source).drop(columns=["commit", "root_seed"]).to_parquet(source)
     answer = run(NAMES[0])
     assert f"{source}: partial, it lacks the columns commit, root_seed" in answer.errors[0]
+
+
+def test_rows_and_verdicts_that_are_not_as_the_run_left_them_are_told_once(run: Commands) -> None:
+    source = finished_run(run.results, NAMES[0])
+    verdicts, provenance = source.with_name("verdicts.json"), source.with_name("provenance.json")
+    files = {file: file.read_bytes() for file in (source, verdicts)}
+    left = {"sha256": {file.name: hashlib.sha256(content).hexdigest() for file, content in files.items()}}
+    provenance.write_text(json.dumps(left))
+    assert run(NAMES[0], "ledger").code == 0
+    pd.read_parquet(source).iloc[::2].to_parquet(source)
+    answer = run(NAMES[0], "ledger", "seeds", "published")
+    assert (answer.code, answer.errors) == (1, [f"error: {NAMES[0]}: {source}: not as the run left it, by {provenance}; {AGAIN}"])
+    source.write_bytes(files[source])
+    verdicts.write_bytes(files[verdicts].replace(b"inside", b"outside"))
+    answer = run(NAMES[0], "ledger")
+    assert (answer.code, answer.errors) == (1, [f"error: ledger: {verdicts}: not as the run left it, by {provenance}; {AGAIN}"])
+
+
+@pytest.mark.parametrize("column", ["data_requested", "scale", "root_seed", "run"])
+def test_rows_of_another_run_than_their_folder_s_are_refused(run: Commands, column: str) -> None:
+    source = finished_run(run.results, NAMES[0])
+    rows = pd.read_parquet(source)
+    rows.assign(**{column: 7 if column == "root_seed" else "another"}).to_parquet(source)
+    answer = run(NAMES[0])
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert f"{source}: rows of another run, {NAMES[0]}/" in answer.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("verdicts.json", "[]", f"not the verdicts of {NAMES[0]}"),
+        ("status.json", "{", "damaged"),
+        ("config.yaml", "{", "damaged"),
+        ("provenance.json", '{"wall_time_s": 1.0}', "partial, it lacks what is shown (KeyError: 'device')"),
+        ("provenance.json", "[]", "damaged"),
+    ],
+)
+def test_whatever_file_of_a_run_is_damaged_is_told(run: Commands, file: str, content: str, told: str) -> None:
+    (folder,) = {finished_run(run.results, NAMES[0]).parent}
+    (folder / file).write_text(content)
+    finished_run(run.results, NAMES[1])
+    answer = run(*NAMES[:2], "ledger", "cost")
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert str(folder) in answer.errors[0]
+    assert told in answer.errors[0]
+    assert (run.out / f"{NAMES[1]}.svg").exists()
+
+
+def test_reference_rows_that_are_gone_though_their_verdicts_are_there_are_told(run: Commands) -> None:
+    source = finished_run(run.results, NAMES[0])
+    source.with_name("verdicts.json").rename(run.reference / f"{NAMES[0]}.json")
+    (source.parent / "status.json").write_text('{"status": "running"}')
+    answer = run("ledger")
+    assert (answer.code, answer.errors) == (1, [f"error: ledger: {run.reference / NAMES[0]}.parquet: not there"])
+
+
+def test_a_results_folder_that_is_not_there_is_refused(run: Commands) -> None:
+    run.results.rmdir()
+    answer = run(NAMES[0])
+    assert (answer.code, answer.errors) == (2, [f"error: --results {run.results}: no such folder"])
 
 
 def test_damaged_verdicts_spoil_their_own_lines_of_the_ledger_alone(run: Commands) -> None:
@@ -267,7 +330,9 @@ def test_the_sidecar_tells_rows_config_code_and_command(run: Commands) -> None:
     assert told["command"].startswith(f"python -m paper_figures {NAMES[0]} --results ")
     assert told["code"] == code.commit()
     (rows,) = told["rows"]
-    assert rows["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert rows["files"] == {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in (source, source.with_name("verdicts.json"))
+    }
     assert (rows["runs"][0]["run"], rows["runs"][0]["commit"], rows["config"]) == ("a-run", "0" * 40, None)
     for name, digest in told["files"].items():
         assert hashlib.sha256((run.out / name).read_bytes()).hexdigest() == digest

@@ -2,18 +2,20 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from paper_figures import cost, numbers, published, seeds, summary, zoo
+from paper_figures import cost, numbers, products, published, seeds, sidecar, summary, zoo
 from paper_figures.ledger import ledger
 from paper_figures.sources import HERE, Shelf
 from src.rows import pick
 from tests.experiments.measured import NAMES
-from tests.paper_figures.drawn import finished_run, parquet
+from tests.paper_figures.drawn import finished_run
 from tests.paper_figures.test_check import verdict
 
 REFERENCE = Shelf(Path("nowhere"), HERE / "reference")
@@ -82,13 +84,13 @@ def test_the_zoo_has_a_line_an_architecture_and_tells_readings_as_they_are() -> 
 
 def test_the_cost_is_that_of_the_provenance_or_said_to_be_unknown(tmp_path: Path) -> None:
     source = REFERENCE.newest("wide_layers")
-    (line,) = cost.table([(source, source.read())]).to_dict("records")
+    line = cost.line(source, source.read())
     told = json.loads(source.provenance.read_text())
     assert (line["wall time (s)"], line["trainings"]) == (told["wall_time_s"], len(told["training_seconds"]))
     assert line["of it training (s)"] == pytest.approx(sum(told["training_seconds"].values()), abs=0.05)
     finished_run(tmp_path, NAMES[0])
     own = Shelf(tmp_path, tmp_path).newest(NAMES[0])
-    (line,) = cost.table([(own, own.read())]).to_dict("records")
+    line = cost.line(own, own.read())
     assert np.isnan(line["wall time (s)"])
     assert line["device"] == cost.UNKNOWN
 
@@ -137,11 +139,45 @@ def test_digits_in_names_become_words() -> None:
     assert numbers.macro("residual_unlock/published_plain_110") == r"\blResidualUnlockPublishedPlainOneOneZero"
 
 
-def test_the_summary_counts_every_form_once(tmp_path: Path) -> None:
+def test_the_summary_counts_every_form_once() -> None:
     lines, _, _ = ledger(REFERENCE)
     text = summary.summary(lines)
     assert text.count("\n| `") == (lines["form"] == "as_stated").sum() + lines["claim"].str.partition("/")[0].nunique()
     total = next(line for line in text.splitlines() if line.startswith("| all "))
     assert sum(map(int, total.split("|")[2:-1])) == (lines["form"] == "precise").sum()
-    (tmp_path / f"{NAMES[0]}.parquet").write_bytes(parquet(NAMES[0]))
     assert summary.summary(lines.assign(verdict="holds")) != text
+
+
+def test_numbers_headings_and_texts_in_latex_and_pipes() -> None:
+    table = pd.DataFrame({"ln ‖J_l‖": [2.6e-14, 19552947064069.5, -np.inf, np.nan, 0.25], "a|b": ["x_1 & y", "50%", "|ρ|", "", "z"]})
+    tex = sidecar.latex(table, None)
+    assert r"ln ‖J\_l‖ & a|b \\" in tex
+    assert r"$2.6\times 10^{-14}$ & x\_1 \& y \\" in tex
+    for cell in (r"$1.955\times 10^{13}$", r"$-\infty$", "–", "$0.25$", r"50\%"):
+        assert f"\n{cell} &" in tex or f"& {cell} \\\\" in tex
+    md = sidecar.markdown(table)
+    assert r"a\|b" in md
+    assert r"\|ρ\|" in md
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in md.splitlines()} == {3}
+
+
+def test_a_table_for_print_has_the_columns_and_widths_asked_for() -> None:
+    tex = sidecar.latex(pd.DataFrame({"a": ["left out"], "b": [1.0], "c": ["y"]}), {"c": 2, "b": None})
+    assert r"\begin{longtable}{p{2cm}l}" in tex
+    assert "left out" not in tex
+
+
+@pytest.mark.skipif(not shutil.which("lualatex"), reason="NOT TESTED: no lualatex is here")
+def test_latex_takes_every_table_and_the_macros(tmp_path: Path) -> None:
+    """In draft mode, without fonts: what is tested is that nothing is left unescaped."""
+    names = ("ledger", "seeds", "published", "zoo", "cost", "numbers")
+    for name in names:
+        (tmp_path / f"{name}.tex").write_text(products.produce(name, REFERENCE, mixed=False).contents["tex"])
+    packages = r"\usepackage{booktabs,longtable,amsmath}"
+    inputs = "".join(rf"\input{{{name}}}" for name in names if name != "numbers")
+    (tmp_path / "all.tex").write_text(
+        rf"\documentclass{{article}}{packages}\input{{numbers}}\begin{{document}}{inputs}\blForms\end{{document}}"
+    )
+    command = ["lualatex", "-draftmode", "-halt-on-error", "-interaction=nonstopmode", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]
