@@ -12,7 +12,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from omegaconf import OmegaConf
 
 from paper_figures.sources import mixture
@@ -127,9 +126,10 @@ def to_bytes(figure: Figure, kind: Literal["png", "pdf", "svg"]) -> bytes:
     """A figure as the bytes of a file, without the time it was made."""
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}[kind]
     with mpl.rc_context(RC):
-        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):  # one layout for all formats, and not one each
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+        if layout := figure.get_layout_engine():
+            # one layout for all formats; with any engine left, "none" too, Matplotlib would draw each twice
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         out = BytesIO()
         figure.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()
