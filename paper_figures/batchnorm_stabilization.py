@@ -16,7 +16,7 @@ from src.statistics import t_interval
 
 NAMES = {"batch": "BatchNorm", "layer": "LayerNorm"}
 NOTE = f"{SEEDS}, in b cut at 0 and in f at 0 and 1"
-CHAINS = {("batch", "none"): "BN", ("batch", "preactivation"): "BN + skips", ("layer", "none"): "LN"}
+CHAINS = {("batch", "none"): "BN", ("layer", "none"): "LN", ("batch", "preactivation"): "BN + skips"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:

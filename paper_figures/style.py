@@ -134,7 +134,7 @@ def beyond(axis: Axes, along: Literal["x", "y"], sign: Literal[-1, 1]) -> float:
     low, high = scale.transform(sorted(axis.get_xlim() if along == "x" else axis.get_ylim()))
     ticks = [tick for tick in scaled.get_majorticklocs() if low <= scale.transform([tick])[0] <= high]
     labels = scaled.get_major_formatter().format_ticks(ticks)
-    places = (low if sign < 0 else high) + sign * 0.15 * (high - low) * np.array([0.25, 0.6, 0.95])
+    places = (low if sign < 0 else high) + sign * 0.18 * (high - low) * np.array([0.25, 0.6, 0.95])
     near, at, far = scale.inverted().transform(places)
     (axis.axvspan if along == "x" else axis.axhspan)(near, far, color="0.93", zorder=0)
     scaled.set_ticks([*ticks, at], labels=[*labels, "−∞" if sign < 0 else "∞"])
