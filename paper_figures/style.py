@@ -99,7 +99,14 @@ def shows_rows(axis: Axes) -> bool:
 
 
 def over_seeds(
-    axis: Axes, nets: pd.DataFrame, x: str, k: int, label: str | None = None, bounds: tuple[float, float] = (-np.inf, np.inf), **look: Any
+    axis: Axes,
+    nets: pd.DataFrame,
+    x: str,
+    k: int,
+    label: str | None = None,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    geometric: bool = False,
+    **look: Any,
 ) -> None:
     """Every seed as a point, and a line through their means with their 95% t-intervals.
 
@@ -112,6 +119,7 @@ def over_seeds(
         k: the place of these nets among those compared: their colour, marker and dash.
         label: in the legend.
         bounds: what the quantity lies between; intervals are cut there, which the figure must say.
+        geometric: whether means and intervals are those of logarithms; values are above 0 then.
         look: of the means, where it isn't that of k.
     """
     nets = nets[np.isfinite(nets["value"])]
@@ -119,10 +127,11 @@ def over_seeds(
         return
     look = {"color": f"C{k}", "marker": MARKERS[k], "linestyle": DASHES[k], "markersize": 3.5, "elinewidth": 0.9} | look
     axis.plot(nets[x], nets["value"], linestyle="none", marker=look["marker"], color=look["color"], alpha=0.25, markersize=2.5)
-    found = {at: t_interval(values) for at, values in nets.groupby(x)["value"]}
-    means = np.array([estimate.value for estimate in found.values()])
+    to, back = (np.log, np.exp) if geometric else (np.asarray, np.asarray)
+    found = {at: t_interval(to(values)) for at, values in nets.groupby(x)["value"]}
+    means = back([estimate.value for estimate in found.values()])
     ends = np.array([[each.lo, each.hi] for each in found.values()]).T
-    ends[np.isinf(ends)] = np.nan  # a single seed has no interval
+    ends = back(np.where(np.isinf(ends), np.nan, ends))  # a single seed has no interval
     errors = np.abs(np.clip(ends, *bounds) - means)
     axis.errorbar(np.array(list(found), dtype=float), means, errors, label=label, **look)
 
