@@ -81,7 +81,7 @@ def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
         over_seeds(axis, nets, column, list(NETS).index(activation), **look)
     bound = ranks.groupby(column)["rank"].first()
     axis.plot(bound.index, bound, label="as stated: ≤ r", **PREDICTION)
-    axis.legend(loc="upper left")
+    axis.legend(loc="upper left", handlelength=1, borderaxespad=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_ylabel(r"rank $\nabla W_1$")
@@ -114,6 +114,6 @@ def _precision(axis: Axes, rows: pd.DataFrame) -> None:
     for precision, nets in of_nets.groupby("precision"):
         over_seeds(axis, nets, "depth", PRECISIONS[str(precision)], str(precision), (0, np.inf))
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="depth L (weight layers)", ylabel=r"rank $\partial H_L/\partial H_0$, mean over samples", ylim=(0, None))
+    axis.set(xlabel="depth L (weight layers)", ylabel=r"mean rank $\partial H_L/\partial H_0$", ylim=(0, None))
     title(axis, "ReLU, no bottleneck")
     axis.legend()

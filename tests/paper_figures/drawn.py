@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from src import rows as row_table
@@ -43,6 +45,26 @@ def read(name: str, folder: Path, fallback: bool = False) -> pd.DataFrame:
 
 def draw(name: str, rows: pd.DataFrame) -> Figure:
     return importlib.import_module(f"paper_figures.{name}").draw(rows)
+
+
+def cut_off(figure: Figure) -> list[str]:
+    """What is drawn of rows but not within the limits of its panel, markers included: far out, or a zero on a logarithmic axis."""
+    found = []
+    for axis in figure.axes:
+        lines = [line for line in axis.get_lines() if line.get_transform() is axis.transData and line.zorder <= 2]
+        drawn = [(line.get_xydata(), line.get_markersize() if line.get_marker() not in ("None", "") else 0, str(line.get_label())) for line in lines]
+        bars = [bar for container in axis.containers if isinstance(container, ErrorbarContainer) for bar in container.lines[2]]
+        drawn += [(end, 0, "an interval") for bar in bars for end in bar.get_segments()]
+        drawn += [(points.get_offsets(), 0, str(points.get_label())) for points in axis.collections if isinstance(points, PathCollection)]
+        box = axis.get_window_extent()
+        for points, size, label in drawn:
+            there = np.asarray(points, dtype=float)
+            there = there[np.isfinite(there).all(axis=1)]
+            radius = size / 2 * figure.dpi / 72 - 2  # the width of the axis hides two pixels
+            within = axis.transData.transform(there)
+            if not ((within - radius >= box.p0) & (within + radius <= box.p1)).all():
+                found.append(f"{axis.get_label()}: {label}")
+    return found
 
 
 def check_panels(figure: Figure) -> None:

@@ -15,7 +15,7 @@ from paper_figures.style import to_bytes
 from src import rows as row_table
 from src.verdict import Verdict
 from tests.experiments.measured import NAMES, verdicts
-from tests.paper_figures.drawn import check_panels, draw, read
+from tests.paper_figures.drawn import check_panels, cut_off, draw, read
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +49,7 @@ def test_nothing_of_the_committed_figures_is_cut_off_or_runs_into_the_next(name:
     rows = [row_table.read(HERE / "reference" / f"{part}.parquet") for part in (EXPERIMENTS if name == "overview" else [name])]
     figure = draw(name, pd.concat(rows))
     figure.draw_without_rendering()
-    assert all(axis.has_data() for axis in figure.axes)
+    assert cut_off(figure) == []
     words = [text for axis in figure.axes for text in (axis.xaxis.label, axis.yaxis.label, axis.get_legend(), *axis.texts) if text]
     boxes = [text.get_window_extent() for text in words]
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
