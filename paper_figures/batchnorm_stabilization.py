@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, over_seeds, panels, title
+from paper_figures.style import DASHES, PREDICTION, SEEDS, over_seeds, panels, title
 from src.jacobian.normalised import batch_norm_growth
 from src.rows import pick
 from src.statistics import t_interval
@@ -119,7 +119,7 @@ def _training(axis: Axes, rows: pd.DataFrame) -> None:
     depths = sorted(growth["depth"].unique())
     for (norm, depth), nets in growth.groupby(["norm", "depth"]):
         deeper = depths.index(depth)
-        look = {"linestyle": DASHES[deeper], "markerfacecolor": "w" if deeper else None}
+        look: dict[str, Any] = {"linestyle": DASHES[deeper], "markerfacecolor": "w" if deeper else None}
         over_seeds(axis, nets, "step", list(NAMES).index(str(norm)), f"{NAMES[str(norm)][0]}N, L = {depth:.0f}", **look)
     axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("symlog", linthresh=1)

@@ -110,7 +110,8 @@ def _against(axis: Axes, nets: pd.DataFrame, reading: str, rho: Estimate) -> Non
         at = beyond(axis, "x", -1 if sign > 0 else 1)
         for kind, look in _kinds(nets):
             lost = nets.loc[np.isinf(values) & (nets["kind"] == kind), "accuracy"]
-            axis.plot([at] * len(lost), lost, **look | {"label": None})
+            if len(lost):
+                axis.plot([at] * len(lost), lost, **look | {"label": None})
     if sign < 0:
         axis.invert_xaxis()
     axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))

@@ -1,5 +1,7 @@
 """Figure and table of chain_rule: autograd against the product, coupled samples, the rank of long products, what the forms leave out."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -125,7 +127,7 @@ def _ranks(axis: Axes, rows: pd.DataFrame) -> None:
         for k, activation in enumerate(ACTIVATIONS[:3]):
             chains = kept[(kept["init"] == init) & (kept["activation"] == activation)]
             # a ring around tanh, with which it coincides
-            look = {"markerfacecolor": "none", "markersize": 7} if activation == "linear" else {}
+            look: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7} if activation == "linear" else {}
             over_seeds(axis, chains, "factors", k, f"{activation}, {init}", (0, 1), linestyle=DASHES[j], **look)
     factors = 2.0 ** np.linspace(0, np.log2(kept["factors"].max()), 60)
     width = int(kept["width"].iloc[0])

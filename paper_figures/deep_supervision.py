@@ -13,12 +13,16 @@ from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, over_seeds, 
 from src.rows import pick
 from src.statistics import paired_difference
 
+NOTE = f"{SEEDS}, cut where the quantity ends: in c at ±1, in d to f at 0 and 1"
 TIMES = {"initial": 0, "early": 1, "trained": 2}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: size and survival of the direct part, its angle along training; accuracy against α, against k, of every exit."""
-    with panels(rows, count=6, columns=3, height=2.5, note=f"{SEEDS}, cut where the quantity ends: in c at ±1, in d to f at 0 and 1") as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.5, note=NOTE) as (
+        figure,
+        axes,
+    ):
         _share(axes[0], rows)
         _kept(axes[1], rows)
         _angle(axes[2], rows)
@@ -73,7 +77,7 @@ def _kept(axis: Axes, rows: pd.DataFrame) -> None:
     kept = np.exp(nets["total"] - nets["direct"])
     for k, when in enumerate(TIMES):
         chosen = (nets["heads"] == "random") & (nets["when"] == when)
-        look = {"marker": MARKERS[k], "color": f"C{k}", "markerfacecolor": "none" if when == "initial" else f"C{k}"}
+        look: dict[str, Any] = {"marker": MARKERS[k], "color": f"C{k}", "markerfacecolor": "none" if when == "initial" else f"C{k}"}
         axis.plot(nets["cosine"][chosen], kept[chosen], **look, linestyle="none", alpha=0.5, markersize=3, markeredgewidth=0.5, label=when)
     opposed = nets["heads"] == "opposed"
     axis.plot(nets["cosine"][opposed], kept[opposed], linestyle="none", marker="X", color="C3", markersize=7, label="opposite heads")

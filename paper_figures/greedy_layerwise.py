@@ -164,8 +164,9 @@ def _probes(axis: Axes, probes: pd.DataFrame) -> None:
     curves = {loss: after[(after["loss"] == loss) & ((after["block"] == 1) | (loss == "backprop"))] for loss in (*LOCAL, "backprop")}
     curves["untrained"] = probes[probes["moment"] == "before"]
     for index, (name, nets) in enumerate(curves.items()):
-        look = {"backprop": {"color": "k", "marker": "X"}, "untrained": {"color": "0.6", "marker": "v", "linestyle": "--"}}.get(name, {})
-        over_seeds(axis, nets, "layer", index, name, (0, 1), **{"linestyle": "-", "markersize": 3} | look)
+        own = {"backprop": {"color": "k", "marker": "X"}, "untrained": {"color": "0.6", "marker": "v", "linestyle": "--"}}
+        look: dict[str, Any] = {"linestyle": "-", "markersize": 3} | own.get(name, {})
+        over_seeds(axis, nets, "layer", index, name, (0, 1), **look)
     axis.set(xlabel="layer l", ylabel="accuracy of a probe", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(handles=[axis.get_legend_handles_labels()[0][-1]], loc="lower left")
@@ -200,7 +201,7 @@ def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: st
         axis.annotate(f"{hidden} hidden", (1, value), fontsize=SMALL, color="C0", **beside)
     axis.axhline(1, color="k", linewidth=0.9)
     axis.set_xticks(_sizes(costs))
-    axis.set(xlabel=K, ylabel=label, xlim=(-0.9, None), ylim=(0, None))
+    axis.set(xlabel=K, ylabel=label, xlim=(-0.9, max(_sizes(costs)) + 0.3), ylim=(0, 1.08 * costs[column].max()))
     title(axis, what)
 
 

@@ -77,7 +77,7 @@ def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
     """Rank ∇W_1 of every net against r or N, its mean a line; images dashed, the bound as stated black."""
     dashes = dict(zip(SOURCES, DASHES, strict=False))
     for (activation, source), nets in ranks.groupby(["activation", "source"]):
-        look = {"linestyle": dashes[source], "linewidth": BREADTH[activation], "alpha": 0.7}
+        look: dict[str, Any] = {"linestyle": dashes[source], "linewidth": BREADTH[activation], "alpha": 0.7}
         over_seeds(axis, nets, column, list(NETS).index(activation), **look)
     bound = ranks.groupby(column)["rank"].first()
     axis.plot(bound.index, bound, label="as stated: ≤ r", **PREDICTION)

@@ -14,12 +14,15 @@ from src.rows import pick
 from src.statistics import t_interval
 
 VARIED = {"weight_var": "by σw²", "bias_var": "by σb², σw² = 1"}
+NOTE = f"{SEEDS}, of a setting each in a and d, in d cut at 0 and 1; by σb²: at σw² = 1"
 STARTS = {"tanh": "tanh, σw² = 1.761", "mapped": "logistic, mapped from it", "usual": "logistic, σw² = 1"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: ‖J‖ and accuracy against saturation, E[φ'²], growth of ‖g‖², mapped nets, activations through a long training."""
-    with panels(rows, count=6, columns=3, height=2.5, note=f"{SEEDS}, of a setting each in a and d, in d cut at 0 and 1; by σb²: at σw² = 1") as (figure, axes):
+    with panels(
+        rows, count=6, columns=3, height=2.5, note=f"{SEEDS}, of a setting each in a and d, in d cut at 0 and 1; by σb²: at σw² = 1"
+    ) as (figure, axes):
         _norms(axes[0], rows)
         _slopes(axes[1], rows)
         _growth(axes[2], rows)
@@ -111,7 +114,7 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
     quantities = ((nets["chi"], "mean σ² of J", "C0"), (np.exp(nets["rate"]), "growth of ‖g‖²", "none"), (nets["norm"], "mean ‖J‖", "C2"))
     for k, (values, label, face) in enumerate(quantities):
         size = 6 if face == "none" else 3.5  # open around what coincides with it
-        look = {"linestyle": "none", "markerfacecolor": face, "markersize": size}
+        look: dict[str, Any] = {"linestyle": "none", "markerfacecolor": face, "markersize": size}
         over_seeds(axis, nets.assign(value=values), "weight_var", k, label, (0, np.inf), **look)
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.axvline(mean_field.critical_weight_var("sigmoid", 0.0), color="0.3", linewidth=0.8, linestyle=":")

@@ -82,7 +82,7 @@ def panels(
             raise ValueError(f"no rows for {'panel' if len(empty) == 1 else 'panels'} {', '.join(map(str, empty))}")
         sns.despine(fig=figure)
         alarming = rows["fallback"].any() or mixture([rows])
-        below = f"{note}\n{origin(rows)}" if note else origin(rows)
+        below = f"{origin(rows)}\n{note}".rstrip()
         figure.supxlabel(below, fontsize=SMALL, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
         _set_subscripts(figure)
     for warning in told:
@@ -94,7 +94,7 @@ def shows_rows(axis: Axes) -> bool:
     lines = [line.get_xydata() for line in axis.get_lines() if line.get_transform() is axis.transData and line.zorder in (1, 2)]
     points = [found.get_offsets() for found in axis.collections if isinstance(found, PathCollection)]
     meshes = [found.get_array() for found in axis.collections if isinstance(found, QuadMesh)]
-    values = (np.ma.filled(np.ma.asarray(drawn, dtype=float), np.nan) for drawn in (*lines, *points, *meshes))
+    values: Iterator[np.ndarray] = (np.ma.filled(np.ma.asarray(drawn, dtype=float), np.nan) for drawn in (*lines, *points, *meshes))
     return any(np.isfinite(each.reshape(len(each), -1)).all(axis=1).any() for each in values)
 
 

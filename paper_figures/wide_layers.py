@@ -1,5 +1,7 @@
 """Figure and table of wide_layers: ranks of J_l, ∇W_l and N×P_l against width, their share of it, stable ranks, and the batch size."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -83,7 +85,7 @@ def _stable(axis: Axes, ranks: pd.DataFrame) -> None:
         for j, quantity in enumerate(RANKS):
             stable = pick(ranks, quantity.replace("_rank", "_stable_rank"), activation=activation)
             nets = stable.groupby(["width", "net_seed"], as_index=False)["value"].mean()
-            look = {"marker": MARKERS[j], "linestyle": DASHES[j], "markerfacecolor": FACES[activation]}
+            look: dict[str, Any] = {"marker": MARKERS[j], "linestyle": DASHES[j], "markerfacecolor": FACES[activation]}
             over_seeds(axis, nets, "width", k, activation if j == 0 else None, **look)
     widths = np.sort(ranks["width"].unique())
     axis.plot(widths, widths / 4, **PREDICTION)

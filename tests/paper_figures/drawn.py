@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,10 +52,12 @@ def cut_off(figure: Figure) -> list[str]:
     """What is drawn of rows but not within the limits of its panel, markers included: far out, or a zero on a logarithmic axis."""
     found = []
     for axis in figure.axes:
-        lines = [line for line in axis.get_lines() if line.get_transform() is axis.transData and line.zorder <= 2]
-        drawn = [(line.get_xydata(), line.get_markersize() if line.get_marker() not in ("None", "") else 0, str(line.get_label())) for line in lines]
+        drawn: list[tuple[Any, float, str]] = []
+        for line in axis.get_lines():
+            if line.get_transform() is axis.transData and line.zorder <= 2:
+                drawn.append((line.get_xydata(), line.get_markersize() * (line.get_marker() not in ("None", "")), str(line.get_label())))
         bars = [bar for container in axis.containers if isinstance(container, ErrorbarContainer) for bar in container.lines[2]]
-        drawn += [(end, 0, "an interval") for bar in bars for end in bar.get_segments()]
+        drawn += [(ends, 0, "an interval") for bar in bars for ends in bar.get_segments()]
         drawn += [(points.get_offsets(), 0, str(points.get_label())) for points in axis.collections if isinstance(points, PathCollection)]
         box = axis.get_window_extent()
         for points, size, label in drawn:

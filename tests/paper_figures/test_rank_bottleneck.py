@@ -63,5 +63,5 @@ def test_a_share_of_exactly_nothing_is_drawn(tmp_path: Path) -> None:
     rows.loc[rows["quantity"] == "outside", "value"] = 0.0
     figure = draw(NAME, rows)
     check_panels(figure)
-    assert figure._supxlabel.get_text().endswith(origin(rows))
+    assert figure._supxlabel.get_text().startswith(origin(rows))
     assert figure.axes[4].get_lines()[0].get_ydata() == pytest.approx(figure_module.ROUNDING)
