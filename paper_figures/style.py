@@ -146,6 +146,7 @@ def beyond(axis: Axes, along: Literal["x", "y"], sign: Literal[-1, 1]) -> float:
     places = (low if sign < 0 else high) + sign * 0.18 * (high - low) * np.array([0.25, 0.6, 0.95])
     near, at, far = scale.inverted().transform(places)
     (axis.axvspan if along == "x" else axis.axhspan)(near, far, color="0.93", zorder=0)
+    scaled.minorticks_off()
     scaled.set_ticks([*ticks, at], labels=[*labels, "−∞" if sign < 0 else "∞"])
     axis.set(**{f"{along}lim": scale.inverted().transform([min(low, places[2]), max(high, places[2])])})
     return float(at)

@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.vanishing_products import SCALED, depth_scales
+from experiments.vanishing_products import BOUNDED, SCALED, depth_scales
 from paper_figures.style import ACTIVATIONS, DASHES, MARKERS, PREDICTION, SMALL, over_seeds, panels, title
 from src import mean_field
 from src.rows import pick
@@ -56,7 +56,9 @@ def _slack(axis: Axes, rows: pd.DataFrame) -> None:
     bound = rows[(rows["part"] == "bound") & rows["sample"].notna()]
     keys = ["activation", "weight_var", "depth", "net_seed", "sample"]
     wide = bound.pivot(index=keys, columns="quantity", values="value")
-    for k, ((activation, weight_var), net) in enumerate(wide.groupby(["activation", "weight_var"])):
+    kinds = [(net["activation"], net["weight_var"]) for net in BOUNDED]
+    for (activation, weight_var), net in wide.groupby(["activation", "weight_var"]):
+        k = kinds.index((activation, weight_var))
         for form, style in (("bound", "-"), ("bound_as_stated", ":")):
             least = (net[form] - net["gradient"]).groupby("depth").min()
             label = f"{activation} {weight_var:g}" if form == "bound" else None
@@ -72,8 +74,8 @@ def _slack(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
     product = pick(rows, "attenuation", part="scaled")
-    for k, (kind, chains) in enumerate(product.groupby("chain")):
-        chains = chains.sort_values("depth")
+    for k, kind in enumerate(SCALED):
+        chains = product[product["chain"] == kind].sort_values("depth")
         axis.plot(
             chains["depth"],
             chains["value"],
@@ -83,7 +85,7 @@ def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
             label="‖J_l‖ = 0.9" if kind == "uniform" else "‖J_l‖ = 1−1/(l+1)²",
         )
         layers = np.arange(1, chains["depth"].max() + 1)
-        prediction = np.cumsum(np.log([SCALED[str(kind)](layer) for layer in layers]))
+        prediction = np.cumsum(np.log([SCALED[kind](layer) for layer in layers]))
         axis.plot(layers, prediction, **PREDICTION | {"linestyle": DASHES[k]})
     axis.axhline(np.log(0.5), color="0.3", linewidth=0.8, linestyle=":")
     axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(-8, -3), textcoords="offset points", fontsize=SMALL, ha="right", va="top")
