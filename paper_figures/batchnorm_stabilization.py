@@ -4,24 +4,24 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from paper_figures.style import DASHES, PREDICTION, SEEDS, over_seeds, panels, title
 from src.jacobian.normalised import batch_norm_growth
 from src.rows import pick
 from src.statistics import t_interval
 
 NAMES = {"batch": "BatchNorm", "layer": "LayerNorm"}
-CHAINS = {("batch", "none"): "BN", ("batch", "preactivation"): "BN + skips", ("layer", "none"): "LN"}
+NOTE = f"{SEEDS}, in b cut at 0 and in f at 0 and 1"
+CHAINS = {("batch", "none"): "BN", ("layer", "none"): "LN", ("batch", "preactivation"): "BN + skips"}
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: ‖J‖ against σw², BN∘sW, growth of ‖g‖² a layer, gradients end to end, along training, accuracy against depth."""
-    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.4, note=NOTE) as (figure, axes):
         _norms(axes[0], rows)
         _gain(axes[1], rows)
         _growth(axes[2], rows)
@@ -53,10 +53,10 @@ def _norms(axis: Axes, rows: pd.DataFrame) -> None:
     measured = pick(rows, "mean_norm", part="norm")
     for k, (norm, name) in enumerate(NAMES.items()):
         nets = measured[measured["norm"] == norm]
-        axis.plot(nets["weight_var"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
+        over_seeds(axis, nets, "weight_var", k, name, linestyle="none")
         variances = np.geomspace(nets["weight_var"].min(), nets["weight_var"].max(), 20)
         level = (nets["value"] * np.sqrt(nets["weight_var"])).mean()
-        axis.plot(variances, level / np.sqrt(variances), color="k", linewidth=0.7)
+        axis.plot(variances, level / np.sqrt(variances), **PREDICTION)
     axis.axhspan(0.5, 2, color="0.9", zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="weight variance σw²", ylabel="‖J‖ of the normalisation")
     for minor in (axis.xaxis, axis.yaxis):
@@ -66,16 +66,17 @@ def _norms(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _gain(axis: Axes, rows: pd.DataFrame) -> None:
-    gains = rows[rows["part"] == "gain"]
-    for k, (eps, draws) in enumerate(gains[gains["gain"] != 1].groupby("eps")):
+    """The larger of the changes of output and gradient, and the change of ε's share that would make them."""
+    gains = rows[(rows["part"] == "gain") & (rows["gain"] != 1)]
+    for k, (eps, draws) in enumerate(gains.groupby("eps")):
         changes = draws[draws["quantity"].isin(["output_change", "gradient_change"])]
-        largest = changes.groupby("gain")["value"].max()
-        axis.plot(largest.index, largest, DASHES[k], marker=MARKERS[k], color=f"C{k}", markersize=3, label=f"ε = {eps:.0e}")
-    share = pick(gains, "eps_share", eps=gains["eps"].max()).groupby("gain")["value"].max()
-    change = (share - share[1.0]).abs() / 2
-    axis.plot(change.index, change.where(change > 0), color="k", linewidth=0.7, label="½ change of ε's share")
+        larger = changes.groupby(["gain", "net_seed"], as_index=False)["value"].max()
+        over_seeds(axis, larger, "gain", k, f"ε = {eps:.0e}", (0, np.inf), markersize=3)
+    shares = pick(rows, "eps_share", part="gain", eps=gains["eps"].max()).groupby("gain")["value"].mean()
+    change = (shares - shares[1.0]).abs().drop(1.0) / 2
+    axis.plot(change.index, change, label="½ change of ε's share", **PREDICTION)
     axis.axhline(0.01, color="0.3", linewidth=0.8, linestyle=":", label="1%")
-    axis.set(xscale="log", yscale="log", xlabel="scale s of W", ylabel="largest relative change")
+    axis.set(xscale="log", yscale="log", xlabel="scale s of W", ylabel="relative change")
     title(axis, "BN(sWx) against BN(Wx)")
     axis.legend(loc="center right", bbox_to_anchor=(1.0, 0.42))
 
@@ -86,8 +87,8 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
     predicted = {"batch": np.array([batch_norm_growth(size) for size in sizes]), "layer": np.ones_like(sizes)}
     for k, (norm, name) in enumerate(NAMES.items()):
         nets = growth[growth["norm"] == norm]
-        axis.plot(nets["batch"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
-        axis.plot(sizes, predicted[str(norm)], color="k", linewidth=0.8)
+        over_seeds(axis, nets, "batch", k, name, linestyle="none")
+        axis.plot(sizes, predicted[str(norm)], **PREDICTION)
     axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":", label="π/(π−1)")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="batch N", ylabel="growth of ‖g‖² a layer")
@@ -101,32 +102,33 @@ def _flow(axis: Axes, rows: pd.DataFrame) -> None:
     depths = np.array(sorted(flows["depth"].unique()))
     for k, (norm, name) in enumerate(NAMES.items()):
         nets = flows[flows["norm"] == norm]
-        axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name)
+        over_seeds(axis, nets, "depth", k, name, linestyle="none")
     label = f"BatchNorm, {trained['step'].max():.0f} steps later"
-    axis.plot(trained["depth"], trained["value"], linestyle="none", marker="x", color="k", label=label)
+    over_seeds(axis, trained, "depth", len(NAMES), label, linestyle="none")
     for rate in (np.log(batch_norm_growth(np.inf)), 0.0):
-        axis.plot(depths, (depths - 2) * rate / 2, color="k", linewidth=0.7)
+        axis.plot(depths, (depths - 2) * rate / 2, **PREDICTION)
     axis.axhline(np.log(10), color="0.3", linewidth=0.8, linestyle=":", label="ln 10")
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g$_1$‖ / ‖g$_{L-1}$‖ (nats)")
-    axis.set_ylim(top=1.7 * axis.get_ylim()[1])
+    axis.set_ylim(top=2 * axis.get_ylim()[1])
     title(axis, "black: mean field at start")
     axis.legend(loc="upper left")
 
 
 def _training(axis: Axes, rows: pd.DataFrame) -> None:
-    for k, ((norm, depth), nets) in enumerate(pick(rows, "rate", part="along").groupby(["norm", "depth"])):
-        growth = np.exp(nets.pivot(index="step", columns="net_seed", values="value"))
-        axis.plot(growth.index, growth, color=f"C{k}", alpha=0.3, linewidth=0.7)
-        label = f"{'BN' if norm == 'batch' else 'LN'}, depth {depth:.0f}"
-        axis.plot(growth.index, growth.mean(axis=1), DASHES[k], marker=MARKERS[k], color=f"C{k}", label=label)
-    axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":", label="π/(π−1)")
+    growth = pick(rows, "rate", part="along").assign(value=lambda nets: np.exp(nets["value"]))
+    depths = sorted(growth["depth"].unique())
+    for (norm, depth), nets in growth.groupby(["norm", "depth"]):
+        deeper = depths.index(depth)
+        look: dict[str, Any] = {"linestyle": DASHES[deeper], "markerfacecolor": "w" if deeper else None}
+        over_seeds(axis, nets, "step", list(NAMES).index(str(norm)), f"{NAMES[str(norm)][0]}N, L = {depth:.0f}", **look)
+    axis.axhline(np.pi / (np.pi - 1), color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(left=-0.2)
+    axis.set_xlim(-0.2, 1.4 * growth["step"].max())
     axis.set(xlabel="training steps", ylabel="growth of ‖g‖² a layer")
     low, high = axis.get_ylim()
     axis.set_ylim(top=high + 0.45 * (high - low))
-    title(axis, "along training")
-    axis.legend(loc="upper right", ncols=2, columnspacing=0.6, handlelength=1.5)
+    title(axis, "along training; ··· π/(π−1)")
+    axis.legend(loc="upper right", ncols=2, columnspacing=0.6, handlelength=1.8)
 
 
 def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
@@ -134,10 +136,7 @@ def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     for k, ((norm, skip), name) in enumerate(CHAINS.items()):
         trained = accuracy[(accuracy["norm"] == norm) & (accuracy["skip"] == skip)]
         for j, (_, nets) in enumerate(trained.groupby("batch")):
-            axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
-            label = name if j == 0 else None
-            style = {"color": f"C{k}", "linestyle": DASHES[j], "marker": MARKERS[k], "err_kws": {"alpha": 0.1}}
-            sns.lineplot(nets, x="depth", y="value", ax=axis, errorbar=t_error, label=label, **style)
+            over_seeds(axis, nets, "depth", k, name if j == 0 else None, (0, 1), linestyle=DASHES[j])
     axis.axvline(50, ymax=2 / 3, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     depths = sorted(accuracy["depth"].unique())

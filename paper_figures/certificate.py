@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.certificate import CONVOLUTIONAL, ENTRIES, K_BACK, KINDS, READINGS, networks, told
-from paper_figures.style import MARKERS, criteria, panels, title
+from paper_figures.style import MARKERS, PREDICTION, beyond, criteria, panels, title
 from src.prediction import association, predict_left_out, rank_correlation
+from src.statistics import Estimate
 
 NAMES = {
     "attenuation": "Σ ln ‖J_l‖",
@@ -49,12 +50,15 @@ def draw(rows: pd.DataFrame) -> Figure:
     nets = networks(rows)
     combined = {name: predict_left_out(nets, readings, "accuracy", "kind") for name, readings in COMBINATIONS.items()}
     with panels(rows, count=9, columns=3, height=2.4) as (figure, axes):
+        rhos = {reading: association(nets[reading], nets["accuracy"]) for reading in NAMES}
         for axis, reading in zip(axes, SHOWN, strict=False):
-            _against(axis, nets, reading)
-        _legend(axes[0], None, indent=0.12)
-        _correlations(axes[6], nets, combined)
+            _against(axis, nets, reading, rhos[reading])
+        _correlations(axes[6], nets, rhos, combined)
         for axis, (name, foretold) in zip(axes[7:], combined.items(), strict=True):
             _foretold(axis, foretold, name)
+        kinds = axes[0].get_legend_handles_labels()[0]
+        said = [Line2D([], [], color=COLOURS[words], marker=mark, label=f"g: {words}") for words, mark in MARKS.items()]
+        figure.legend(handles=[*kinds, *said], loc="outside upper center", ncols=4, columnspacing=1)
     return figure
 
 
@@ -79,7 +83,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _line(nets: pd.DataFrame, values: pd.Series) -> dict[str, Any]:
     rho = association(values, nets["accuracy"])
-    within = {f"ρ, {kind}": association(values[part.index], part["accuracy"]).value for kind, part in nets.groupby("kind")}
+    within = {f"ρ, {kind}": rank_correlation(values[part.index], part["accuracy"]) for kind, part in nets.groupby("kind")}
     fixed = association(values, nets["accuracy"], nets["width"])
     given = {"ρ, given width": fixed.value, "given width, low": fixed.lo, "given width, high": fixed.hi}
     return {"ρ": rho.value, "low": rho.lo, "high": rho.hi, "says": told(rho, LEVEL), **given, **within, "architectures": rho.n}
@@ -92,64 +96,56 @@ def _kinds(nets: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
             yield kind, {"marker": MARKERS[k], "color": f"C{k}", "label": kind, "linestyle": "none", "alpha": 0.5, "markersize": 3}
 
 
-def _against(axis: Axes, nets: pd.DataFrame, reading: str) -> None:
-    """The accuracy reached against one reading, a point an architecture: right is less locked; what is infinite stands at the edge."""
+def _against(axis: Axes, nets: pd.DataFrame, reading: str, rho: Estimate) -> None:
+    """The accuracy reached against one reading, a point an architecture: right is less locked."""
     label, scale, sign = SHOWN[reading]
     values = sign * nets[reading]
     finite = values[np.isfinite(values)]
-    edge = finite.max() * 100 if scale == "log" else finite.abs().max() * 2
-    shown = values.clip(-edge, edge)
+    axis.set_xscale(scale)
     for kind, look in _kinds(nets):
-        axis.plot(shown[nets["kind"] == kind], nets.loc[nets["kind"] == kind, "accuracy"], **look)
-    if scale != "linear":
-        axis.set_xscale(scale)
-    if scale == "symlog" and shown.min() < 0 < shown.max():  # ticks at ±1 would run into the one at 0
-        axis.set_xticks([tick for tick in (-100, -10, 0, 10, 100) if -edge <= tick <= shown.max()])
+        axis.plot(finite[nets["kind"] == kind], nets.loc[finite.index, "accuracy"][nets["kind"] == kind], **look)
+    if scale == "symlog" and finite.min() < 0 < finite.max():  # ticks at ±1 would run into the one at 0
+        axis.set_xticks([tick for tick in (-100, -10, 0, 10, 100) if finite.min() <= tick <= finite.max()])
     if np.isinf(values).any():
-        axis.axvline(-sign * (edge / 10 if scale == "log" else 0.75 * edge), color="0.3", linewidth=0.8, linestyle=":")
-        axis.text(0.02, 0.01, "∞", transform=axis.transAxes, fontsize=8)
+        at = beyond(axis, "x", -1 if sign > 0 else 1)
+        for kind, look in _kinds(nets):
+            lost = nets.loc[np.isinf(values) & (nets["kind"] == kind), "accuracy"]
+            if len(lost):
+                axis.plot([at] * len(lost), lost, **look | {"label": None})
     if sign < 0:
         axis.invert_xaxis()
     axis.set(xlabel=label, ylabel="test accuracy", ylim=(0, 1))
-    rho = association(nets[reading], nets["accuracy"])
     title(axis, f"ρ = {rho.value:.2f}{WORDS[told(rho, LEVEL)]}".replace("-", "−"))
 
 
-def _correlations(axis: Axes, nets: pd.DataFrame, combined: Mapping[str, pd.DataFrame]) -> None:
+def _correlations(axis: Axes, nets: pd.DataFrame, rhos: Mapping[str, Estimate], combined: Mapping[str, pd.DataFrame]) -> None:
     """ρ of every reading and combination with its interval and what that says, K_back's filled, and ρ within each width as a cross.
 
     Dotted: the criterion's level.
     """
-    found = [(name, reading in ENTRIES, nets, nets[reading]) for reading, name in NAMES.items()]
-    found += [(name, COMBINATIONS[name] is K_BACK, n, n["predicted"]) for name, n in combined.items()]
-    for place, (_, is_entry, n, values) in enumerate(found):
-        rho = association(values, n["accuracy"])
+    found = [(name, reading in ENTRIES, nets, nets[reading], rhos[reading]) for reading, name in NAMES.items()]
+    for name, n in combined.items():
+        found.append((name, COMBINATIONS[name] is K_BACK, n, n["predicted"], association(n["predicted"], n["accuracy"])))
+    for place, (_, is_entry, n, values, rho) in enumerate(found):
         colour = COLOURS[told(rho, LEVEL)]
         axis.plot(rank_correlation(values, n["accuracy"], n["width"]), place, "x", color="k", markersize=3)
         axis.plot([rho.lo, rho.hi], [place, place], color=colour)
         axis.plot(rho.value, place, MARKS[told(rho, LEVEL)], color=colour, markerfacecolor=colour if is_entry else "w")
-    kinds = [Line2D([], [], color=colour, marker=MARKS[words], label=words.removeprefix("predicts ")) for words, colour in COLOURS.items()]
     for level, dash in ((0, "-"), (LEVEL, ":")):
         axis.plot([level, level], [-0.5, len(found) - 0.5], color="0.3", linewidth=0.8, linestyle=dash)  # not through the legend
-    axis.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=5.5)
-    axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -5.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
-    axis.legend(handles=kinds, loc="upper left", ncols=2, borderpad=0, handlelength=1, columnspacing=0.8)
+    axis.set_yticks(range(len(found)), [name for name, *_ in found])
+    axis.set(xlim=(-1, 1), ylim=(len(found) - 0.5, -0.5), xlabel="Spearman ρ with accuracy", ylabel="reading (K_back filled)")
     title(axis, "95% intervals; ×: within a width")
 
 
 def _foretold(axis: Axes, foretold: pd.DataFrame, what: str) -> None:
-    """The accuracy of each family as fitted to the others, against the accuracy reached."""
+    """The accuracy of each family as fitted to the others, against the accuracy reached; black: where the two agree."""
     for kind, look in _kinds(foretold):
         part = foretold[foretold["kind"] == kind]
-        rho = association(part["predicted"], part["accuracy"]).value
+        rho = rank_correlation(part["predicted"], part["accuracy"])
         axis.plot(part["predicted"], part["accuracy"], **{**look, "label": f"{kind}, {rho:.2f}"})
-    axis.plot([0, 1], [0, 1], color="k", linewidth=0.8)
-    axis.set(xlabel="foretold accuracy", ylabel="test accuracy", ylim=(0, 1))
+    axis.plot([0, 1], [0, 1], **PREDICTION)
+    axis.set(xlabel="foretold accuracy", ylabel="test accuracy", ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
     title(axis, f"{what}, family left out")
-    _legend(axis, "ρ within")
-
-
-def _legend(axis: Axes, heading: str | None, indent: float = 0.0) -> None:
-    """A legend above the points."""
-    axis.set(ylim=(0, 1.5), yticks=np.linspace(0, 1, 6))
-    axis.legend(title=heading, loc="upper left", bbox_to_anchor=(indent, 1), handletextpad=0.1, borderpad=0.1, labelspacing=0.3)
+    # above the points
+    axis.legend(title="ρ within", loc="upper left", bbox_to_anchor=(0, 1), handletextpad=0.1, borderpad=0.1, labelspacing=0.3)

@@ -1,12 +1,14 @@
 """Figure and table of chain_rule: autograd against the product, coupled samples, the rank of long products, what the forms leave out."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.chain_rule import CONVOLUTIONAL, predicted_kept_rank
-from paper_figures.style import DASHES, MARKERS, panels, title
+from paper_figures.style import ACTIVATIONS, DASHES, MARKERS, PREDICTION, over_seeds, panels, title
 from src.rows import pick
 
 NAMES = {
@@ -18,6 +20,10 @@ NAMES = {
     ("cifar", "preactivation"): "CIFAR net, pre-activation",
     ("vgg", "none"): "VGG-like",
 }
+INITS = ("gaussian", "orthogonal")
+NONE = 1e-18  # what no error at all is drawn at
+CRITERION = 1e-10
+NOTE = "points: random chains, in c with the largest of them a line; no error at all stands at 10$^{-18}$; d: cut at 1"
 NORMS = {"none": "no normalisation", "batch": "BatchNorm, eval", "layer": "LayerNorm"}
 FORMS = {
     "error": ("the product", "eval"),
@@ -29,7 +35,7 @@ FORMS = {
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Four panels: errors of every kind of chain, of every form, of coupled samples, and the rank of long products."""
-    with panels(rows, count=4, columns=2, height=2.6) as (figure, axes):
+    with panels(rows, count=4, columns=2, height=2.6, note=NOTE) as (figure, axes):
         _kinds(axes[0], rows)
         _forms(axes[1], rows)
         _coupling(axes[2], rows)
@@ -61,8 +67,8 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _shown(values: pd.Series) -> pd.Series:
-    """Errors on a log axis: none at all is drawn at 1e-18."""
-    return values.clip(lower=1e-18)
+    """Errors on a log axis."""
+    return values.clip(lower=NONE)
 
 
 def _kinds(axis: Axes, rows: pd.DataFrame) -> None:
@@ -73,7 +79,7 @@ def _kinds(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(
             _shown(chains["value"]), places + 0.22 * (k - 1), linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.5, label=name
         )
-    axis.axvline(1e-10, color="k", linewidth=0.9)
+    axis.axvline(CRITERION, **PREDICTION)
     axis.set_xscale("log")
     axis.set_yticks(range(len(NAMES)), list(NAMES.values()))
     axis.set_ylim(len(NAMES) - 0.5, -0.5)
@@ -87,11 +93,11 @@ def _forms(axis: Axes, rows: pd.DataFrame) -> None:
         errors = _shown(pick(rows, quantity, batch_norm=FORMS[quantity][1])["value"])
         jitter = np.linspace(-0.3, 0.3, len(errors))
         axis.plot(k + jitter, errors, linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4)
-    axis.axhline(1e-10, color="k", linewidth=0.9)
+    axis.axhline(CRITERION, **PREDICTION)
     axis.set_yscale("log")
     axis.set_xticks(range(len(FORMS)), [name for name, _ in FORMS.values()])
     axis.set(xlabel="form of the product", ylabel="relative error of ∇θ_l")
-    title(axis, "what each form is off by")
+    title(axis, "errors by form; black: criterion")
 
 
 def _coupling(axis: Axes, rows: pd.DataFrame) -> None:
@@ -99,30 +105,34 @@ def _coupling(axis: Axes, rows: pd.DataFrame) -> None:
     kinds = [NAMES[kind] for kind in zip(batch["family"], batch["skip"], strict=True)]
     batch["kind"] = np.where(batch["family"].isin(CONVOLUTIONAL), "convolutional nets", kinds)
     for k, (quantity, name, height) in enumerate((("error_own", "samples' own J_k", 30), ("error", "one operator on the batch", 1e-13))):
-        for j, (kind, chains) in enumerate(pick(batch, quantity).groupby("kind")):
+        for j, kind in enumerate(("convolutional nets", *NAMES.values())):
+            chains = pick(batch, quantity, kind=kind)
+            if chains.empty:
+                continue
             axis.plot(chains["batch_size"], _shown(chains["value"]), linestyle="none", marker=MARKERS[j], color=f"C{k}", alpha=0.4)
             worst = _shown(chains["value"]).groupby(chains["batch_size"]).max()
             axis.plot(worst.index, worst, color=f"C{k}", linestyle=DASHES[j], marker=MARKERS[j], label=kind if k == 0 else None)
         axis.text(batch["batch_size"].max(), height, name, color=f"C{k}", fontsize=7, ha="right")
-    axis.axhline(1e-10, color="k", linewidth=0.9)
+    axis.axhline(CRITERION, **PREDICTION)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set(xlabel="batch size N", ylabel="relative error of ∇θ_l", ylim=(None, 1e3))
-    title(axis, "train-mode BatchNorm")
+    title(axis, "train-mode BatchNorm; black: criterion")
     axis.legend(loc="center right", bbox_to_anchor=(1, 0.6))
 
 
 def _ranks(axis: Axes, rows: pd.DataFrame) -> None:
     kept = pick(rows, "kept_rank")
-    for j, (init, nets) in enumerate(kept.groupby("init")):
-        for k, (activation, chains) in enumerate(nets.groupby("activation")):
-            axis.plot(chains["factors"], chains["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.3, markersize=3)
-            mean = chains.groupby("factors")["value"].mean()
-            axis.plot(mean.index, mean, color=f"C{k}", linestyle=DASHES[j], label=f"{activation}, {init}")
+    for j, init in enumerate(INITS):
+        for k, activation in enumerate(ACTIVATIONS[:3]):
+            chains = kept[(kept["init"] == init) & (kept["activation"] == activation)]
+            # a ring around tanh, with which it coincides
+            look: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7} if activation == "linear" else {}
+            over_seeds(axis, chains, "factors", k, f"{activation}, {init}", (0, 1), linestyle=DASHES[j], **look)
     factors = 2.0 ** np.linspace(0, np.log2(kept["factors"].max()), 60)
     width = int(kept["width"].iloc[0])
-    axis.plot(factors, [predicted_kept_rank(width, m) for m in factors], color="k", linewidth=0.9, label="linear Gaussian, theory")
+    axis.plot(factors, [predicted_kept_rank(width, m) for m in factors], label="linear Gaussian, theory", **PREDICTION)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="factors in the product", ylabel="rank ∏J over least rank J", ylim=(0, 1.05))
-    title(axis, "rank of the product in float64")
+    title(axis, "rank in float64; means, 95% intervals")
     axis.legend(loc="lower left")

@@ -1,12 +1,12 @@
 """Drawing many figures and tables, in as many processes as there are cores; one that fails is told and leaves the others alone."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,10 @@ from src import code
 from src.errors import UserError
 
 DEFAULT = Path("results")
+# a server imports what figures import, once, and each worker is a copy of it; libraries of other systems break in copies.
+# No worker is a copy of this process, whose libraries may have threads that read rows
+PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+PRELOADED = ["paper_figures.overview", "src.run"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def _each(names: Sequence[str], draw: partial) -> Iterator[Drawn]:
     if (processes := workers(len(names))) == 1:
         yield from map(draw, names)
         return
-    # spawned: a fork would take over the threads of the libraries that read the rows
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    PROCESSES.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(processes, PROCESSES) as pool:
         yield from pool.map(draw, names)
 
 

@@ -13,41 +13,39 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.greedy_layerwise import SETTING, THOUSANDTH, chosen_rates
 from experiments.greedy_rules import LOCAL, RULE, Schedule
-from paper_figures.style import DASHES, MARKERS, panels, title
+from paper_figures.style import DASHES, MARKERS, PREDICTION, SMALL, over_seeds, panels, title
+from src import mean_field
 from src.rows import pick
-from src.statistics import t_interval
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 COSTS = {"multiply_adds": "multiply-adds, 10⁹", "parameters": "parameters", "auxiliary_parameters": "auxiliary parameters"}
-CHAINS = {
-    "critical": "not locked",
-    "latched": "locked backwards only",
-    "vanishing": "locked both ways, small",
-    "collapsing": "locked both ways, alike",
-}
+CHAINS = {"critical": "not locked", "latched": "backwards only", "vanishing": "both ways, small", "collapsing": "both ways, alike"}
+NOTE = (
+    "a–d: accuracy in chains that are locked so; f–h: in the chain of c, k = 1 in f and h\n"
+    "points: single seeds; means with 95% t-intervals, of shares cut at 0 and 1; black: backprop, band: all its seeds"
+)
 K = "layers a block, k"
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Twelve panels: influence, gradients, accuracy of four chains, the lock afterwards, probes, multiply-adds, parameters, cost."""
+    """Eleven panels: accuracy of four chains; influence, gradients, the lock afterwards; probes, multiply-adds, parameters."""
     depth = int(rows.loc[rows["part"] == "training", "depth"].max())
     trust = chosen_rates(rows)["tuned"]
     nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)].join(trust, on=[*SETTING, *RULE])
     accuracies = pick(nets, "test_accuracy", part="training")
     costs = _costs(nets)
-    with panels(rows, count=12, columns=3, height=2.4) as (figure, axes):
-        _influence(axes[0], pick(nets, "later_influence"))
-        _gradients(axes[1], pick(nets, "log_gradient", chain="vanishing", moment="before"))
-        for axis, (chain, what) in zip(axes[2:6], CHAINS.items(), strict=True):
+    with panels(rows, count=11, columns=4, height=2.2, wide=(8,), note=NOTE) as (figure, axes):
+        for axis, (chain, what) in zip(axes[:4], CHAINS.items(), strict=True):
             _accuracy(axis, accuracies[accuracies["chain"] == chain], what)
+        _influence(axes[4], pick(nets, "later_influence"))
+        _gradients(axes[5], pick(nets, "log_gradient", chain="vanishing", moment="before"))
         _lock(axes[6], pick(nets, "flow", chain="vanishing"))
         _probes(axes[7], pick(nets, "probe_accuracy", chain="vanishing"))
         _beside(axes[8], accuracies, pick(nets, "probe_accuracy", moment="after", layer=depth - 1))
-        _relative(axes[9], costs, "multiply-adds", "multiply-adds (backprop = 1)", "time: multiply-adds")
-        _relative(axes[10], costs, "parameters with heads", "parameters (backprop = 1)", "chain and heads in training")
-        axes[10].annotate("chain alone, every rule", (1, 1), xytext=(0, -9), textcoords="offset points", fontsize=6.5)
-        _cost(axes[11], accuracies[accuracies["chain"] == "critical"].merge(costs, on=RULE))
-        rules, labels = axes[2].get_legend_handles_labels()
+        _relative(axes[9], costs, "multiply-adds", "multiply-adds / backprop's", "time")
+        _relative(axes[10], costs, "parameters with heads", "parameters / backprop's", "chain and heads")
+        axes[10].annotate("chain alone", (1, 1), xytext=(0, -9), textcoords="offset points", fontsize=SMALL)
+        rules, labels = axes[0].get_legend_handles_labels()
         figure.legend(rules, labels, loc="outside upper center", ncols=7, handlelength=2.6)
     return figure
 
@@ -100,10 +98,11 @@ def _influence(axis: Axes, influence: pd.DataFrame) -> None:
     for index, size in enumerate(_sizes(linear)):
         curve = linear[(linear["loss"] == "pred") & (linear["block"] == size)]
         axis.plot(curve["border"], curve["value"], DASHES[index], marker=MARKERS[index], color=f"C{index + 4}", label=f"pred, k = {size}")
-    axis.set(xlabel="layers before those drawn anew", ylabel="largest change of ∇θ (relative)")
-    axis.set_ylim(top=1.45 * axis.get_ylim()[1])
-    title(axis, "later layers drawn anew")
-    axis.legend(loc="upper center", ncols=2)
+    axis.set(xlabel="layers that are kept", ylabel="relative change of ∇θ")
+    axis.set_ylim(top=1.9 * axis.get_ylim()[1])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    title(axis, "later layers redrawn")
+    axis.legend(loc="upper left", handlelength=1.5, labelspacing=0.2)
 
 
 def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
@@ -111,35 +110,27 @@ def _gradients(axis: Axes, gradients: pd.DataFrame) -> None:
     for index, loss in enumerate((*LOCAL, "backprop")):
         nets = linear[(linear["loss"] == loss) & ((linear["block"] == 1) | (loss == "backprop"))]
         colour = "k" if loss == "backprop" else f"C{index}"
-        axis.plot(nets["layer"], nets["value"], linestyle="none", marker=MARKERS[index], color=colour, alpha=0.4, markersize=3)
-        mean = nets.groupby("layer")["value"].mean()
-        axis.plot(mean.index, mean, linestyle=DASHES[index], color=colour, label=loss)
+        marker = "X" if loss == "backprop" else MARKERS[index]
+        over_seeds(axis, nets, "layer", index, loss, color=colour, marker=marker, linestyle="-", markersize=3)
     axis.set(xlabel="layer l", ylabel="initial ln ‖∇θ_l‖ (nats)")
-    bottom, top = axis.get_ylim()
-    axis.set_ylim(top=top + 0.35 * (top - bottom))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title(axis, "locked both ways, small; k = 1")
-    axis.legend(loc="upper center", ncols=2)
+    title(axis, "initial gradients")
 
 
-def _over_blocks(axis: Axes, values: pd.DataFrame) -> None:
+def _over_blocks(axis: Axes, values: pd.DataFrame, bounds: tuple[float, float] = (-np.inf, np.inf)) -> None:
     """Every seed of every rule against the layers a block, and means with their t-intervals; a ring where the rate is not to be trusted."""
     for place, nets, look in _kinds(values):
-        nets = nets.assign(x=nets["block"] + 0.06 * (place - 2))
-        axis.plot(nets["x"], nets["value"], linestyle="none", marker=look["marker"], markersize=2.5, color=look["color"], alpha=0.3)
-        means = {x: t_interval(seeds) for x, seeds in nets.groupby("x")["value"]}
-        mean = [found.value for found in means.values()]
-        errors = [[found.value - found.lo for found in means.values()], [found.hi - found.value for found in means.values()]]
-        axis.errorbar(list(means), mean, errors, elinewidth=0.8, markersize=3, **look)
-        doubtful = nets.loc[nets["tuned"] != "inner", "x"].unique()
-        axis.plot(doubtful, [means[x].value for x in doubtful], "o", markersize=8, fillstyle="none", color=look["color"])
+        nets = nets.assign(x=nets["block"] + 0.08 * (place - 2))
+        over_seeds(axis, nets, "x", place, bounds=bounds, **look)
+        doubtful = nets[nets["tuned"] != "inner"].groupby("x")["value"].mean()
+        axis.plot(doubtful.index, doubtful, "o", markersize=8, fillstyle="none", color=look["color"])
     axis.set_xticks(_sizes(values))
-    axis.set(xlabel=K)
+    axis.set(xlabel=K, xlim=(0.6, max(_sizes(values)) + 0.4))
 
 
 def _accuracy(axis: Axes, accuracies: pd.DataFrame, what: str) -> None:
     _reference(axis, accuracies[accuracies["loss"] == "backprop"])
-    _over_blocks(axis, accuracies)
+    _over_blocks(axis, accuracies, (0, 1))
     axis.set(ylabel="test accuracy", ylim=(0, 1))
     title(axis, what)
 
@@ -155,15 +146,16 @@ def _lock(axis: Axes, flows: pd.DataFrame) -> None:
     """What backpropagation would pass through the chain once a rule has trained it."""
     _reference(axis, flows[(flows["loss"] == "backprop") & (flows["moment"] == "after")])
     _over_blocks(axis, flows[flows["moment"] == "after"])
-    axis.axhline(
-        flows.loc[flows["moment"] == "before", "value"].mean(), color="0.3", linewidth=0.9, linestyle="--", label="before training"
-    )
+    before = flows[flows["moment"] == "before"]
+    axis.axhline(before["value"].mean(), color="0.3", linewidth=0.9, linestyle="--", label="before training")
     axis.axhline(THOUSANDTH, color="0.3", linewidth=0.9, linestyle=":", label="locked below")
+    chi = mean_field.chi(*before[["activation", "weight_var", "bias_var"]].iloc[0])
+    axis.axhline((before["depth"].iloc[0] - 2) * np.log(chi) / 2, label="before: mean field", **PREDICTION)
     axis.set_yscale("symlog")
     axis.set(ylabel="ln ‖g_1‖/‖g_{L−1}‖ (nats)")
-    axis.set_ylim(-30, 100)
-    axis.legend(handles=axis.get_lines()[-2:], loc="upper right")
-    title(axis, "locked both ways, small: trained")
+    axis.set_ylim(-30, 1000)
+    axis.legend(handles=axis.get_lines()[-3:], loc="upper left", handlelength=1.5, labelspacing=0.2)
+    title(axis, "lock, once trained")
 
 
 def _probes(axis: Axes, probes: pd.DataFrame) -> None:
@@ -172,13 +164,13 @@ def _probes(axis: Axes, probes: pd.DataFrame) -> None:
     curves = {loss: after[(after["loss"] == loss) & ((after["block"] == 1) | (loss == "backprop"))] for loss in (*LOCAL, "backprop")}
     curves["untrained"] = probes[probes["moment"] == "before"]
     for index, (name, nets) in enumerate(curves.items()):
-        mean = nets.groupby("layer")["value"].mean()
-        colour = {"backprop": "k", "untrained": "0.6"}.get(name, f"C{index}")
-        axis.plot(mean.index, mean, linestyle=DASHES[index], marker=MARKERS[index], markersize=3, color=colour, label=name)
-    axis.set(xlabel="layer l", ylabel="accuracy of a linear probe", ylim=(0, 1))
+        own = {"backprop": {"color": "k", "marker": "X"}, "untrained": {"color": "0.6", "marker": "v", "linestyle": "--"}}
+        look: dict[str, Any] = {"linestyle": "-", "markersize": 3} | own.get(name, {})
+        over_seeds(axis, nets, "layer", index, name, (0, 1), **look)
+    axis.set(xlabel="layer l", ylabel="accuracy of a probe", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(loc="lower left", ncols=2)
-    title(axis, "the same, k = 1: probed")
+    axis.legend(handles=[axis.get_legend_handles_labels()[0][-1]], loc="lower left")
+    title(axis, "probed layers")
 
 
 def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
@@ -190,13 +182,13 @@ def _beside(axis: Axes, accuracies: pd.DataFrame, probes: pd.DataFrame) -> None:
         at = points[points["chain"] == chain]
         colours = ["k" if loss == "backprop" else f"C{LOCAL.index(loss)}" for loss in at["loss"]]
         axis.scatter(at["probe"], at["readout"], c=colours, marker=marker, s=14, alpha=0.7, linewidths=0, label=what)
-    axis.plot([0, 1], [0, 1], color="0.3", linewidth=0.8, linestyle=":")
+    axis.plot([0, 1], [0, 1], **PREDICTION | {"linestyle": ":"})
     axis.set(
-        xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1.6), yticks=np.linspace(0, 1, 6)
+        xlabel="probe of the last hidden layer", ylabel="the chain's own readout", xlim=(0, 1), ylim=(0, 1), yticks=np.linspace(0, 1, 6)
     )
     for collection in axis.legend(loc="upper left", handletextpad=0.1).findobj(PathCollection):
         collection.set(color="0.4")
-    title(axis, "test accuracy, all rules")
+    title(axis, "test accuracy, all rules; ··· equal")
 
 
 def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: str) -> None:
@@ -206,21 +198,11 @@ def _relative(axis: Axes, costs: pd.DataFrame, column: str, label: str, what: st
     axis.plot([1] * len(deeper), deeper[column], "_", color="C0", markersize=9)
     for hidden, value in zip(deeper["hidden"], deeper[column], strict=True):
         beside: dict[str, Any] = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        axis.annotate(f"+{hidden} hidden", (1, value), fontsize=6, color="C0", **beside)
+        axis.annotate(f"{hidden} hidden", (1, value), fontsize=SMALL, color="C0", **beside)
     axis.axhline(1, color="k", linewidth=0.9)
     axis.set_xticks(_sizes(costs))
-    axis.set(xlabel=K, ylabel=label, xlim=(0, None), ylim=(0, None))
+    axis.set(xlabel=K, ylabel=label, xlim=(-0.9, max(_sizes(costs)) + 0.3), ylim=(0, 1.08 * costs[column].max()))
     title(axis, what)
-
-
-def _cost(axis: Axes, points: pd.DataFrame) -> None:
-    backprop = points[points["loss"] == "backprop"]
-    axis.plot(backprop["multiply-adds"], backprop["value"], "X", color="k", alpha=0.6)
-    for _, nets, look in _kinds(points.assign(hidden=0)):
-        axis.plot(nets["multiply-adds"], nets["value"], alpha=0.5, markersize=3, **{**look, "linestyle": "none"})
-    axis.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="multiply-adds (backprop ✕ = 1)", ylabel="test accuracy", ylim=(0, 1))
-    title(axis, "cost where not locked")
 
 
 def _sizes(rows: pd.DataFrame) -> list[int]:

@@ -4,24 +4,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.information_bottleneck import BELOW, NETS, PREDICTED
-from paper_figures.style import MARKERS, panels, t_error, title
+from paper_figures.style import MARKERS, PREDICTION, SEEDS, over_seeds, panels, title
 from src.rows import pick
 
 KEYS = ["activation", "code"]
 TIMES = {"untrained": "-", "trained": ":"}
 INITS = dict(zip(PREDICTED, ("-", "--"), strict=True))
+# where an energy is drawn logarithmically from
+LEAST = {"untrained": 1e-3, "trained": 0.1}
 PARTS = {"code": "-", "filter": "--"}
+NOTE = f"{SEEDS}, those of shares and energies cut where there are none: below 0 and, of shares, above 1"
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: rank before the code and below, energy outside r directions, energy untrained and trained, accuracy."""
-    with panels(rows, count=6, columns=3, height=2.4) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.4, note=NOTE) as (figure, axes):
         _ranks(axes[0], rows, BELOW, "rank before the code")
         _ranks(axes[1], rows, BELOW - 1, "rank one layer below")
         _leak(axes[2], rows)
@@ -60,8 +62,8 @@ def _ranks(axis: Axes, rows: pd.DataFrame, layer: int, what: str) -> None:
     ranks = pick(rows, "signal_rank", layer=layer, when="untrained", init="gaussian")
     _curves(axis, ranks)
     ends = [ranks["code"].min(), ranks["code"].max()]
-    axis.plot(ends, ends, color="k", linewidth=0.7, zorder=0)
-    axis.axhline(ranks["classes"].max() - 1, color="k", linewidth=0.7, linestyle=":", zorder=0)
+    axis.plot(ends, ends, **PREDICTION)
+    axis.axhline(ranks["classes"].max() - 1, linestyle=":", **PREDICTION)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel(f"rank of the signals $g_{layer}$")
@@ -73,43 +75,43 @@ def _ranks(axis: Axes, rows: pd.DataFrame, layer: int, what: str) -> None:
 def _leak(axis: Axes, rows: pd.DataFrame) -> None:
     leak = pick(rows[rows["code"] < rows["width"]], "outside", layer=BELOW - 1, init="gaussian")
     for when, dash in TIMES.items():
-        _curves(axis, leak[leak["when"] == when], dash)
-    axis.set(ylabel=f"energy of $g_{BELOW - 1}$ outside r directions", ylim=(-0.02, None))
+        _curves(axis, leak[leak["when"] == when], dash, (0, 1))
+    axis.set_ylabel(f"energy of $g_{BELOW - 1}$ outside r directions")
     title(axis, "leak one layer below")
     axis.legend(handles=_dashes(TIMES))
 
 
 def _energy(axis: Axes, rows: pd.DataFrame, when: str) -> None:
-    """The energy that arrives before the code, with what is predicted of random codes."""
+    """The energy that arrives before the code, with what is predicted of random codes; logarithmic from LEAST on, with room for 0."""
     energy = _relative_energy(rows[rows["when"] == when])
     inits = {init: dash for init, dash in INITS.items() if init in set(energy["init"])}
     widths = np.sort(energy["code"].unique())
     for init, dash in inits.items():
-        _curves(axis, energy[energy["init"] == init], dash)
-        axis.plot(widths, [PREDICTED[init](width / widths[-1]) for width in widths], color="k", linewidth=0.7, zorder=0)
-    axis.set_yscale("log")
+        _curves(axis, energy[energy["init"] == init], dash, (0, np.inf))
+        if when == "untrained":
+            axis.plot(widths, [PREDICTED[init](width / widths[-1]) for width in widths], **PREDICTION)
+    axis.set_yscale("symlog", linthresh=LEAST[when], linscale=0.4)
     axis.set_ylabel(f"energy of $g_{BELOW}$, over that at r = d")
     title(axis, f"energy arriving, {when}")
-    axis.legend(handles=_dashes(inits))
+    axis.legend(handles=[*_dashes(inits), *([_line("predicted", **PREDICTION)] if when == "untrained" else [])])
 
 
 def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
     for part, dash in PARTS.items():
-        _curves(axis, pick(rows, "test_accuracy", part=part), dash)
-    axis.axvline(rows["classes"].max() - 1, color="k", linewidth=0.7, linestyle=":", zorder=0)
+        _curves(axis, pick(rows, "test_accuracy", part=part), dash, (0, 1))
+    axis.axvline(rows["classes"].max() - 1, linestyle=":", **PREDICTION)
     axis.set(ylabel="test accuracy", ylim=(0, 1), xlabel="r: code units, or filter directions")
-    title(axis, "a code, or a gradient filter")
+    title(axis, "code, gradient filter; ··· C−1")
     axis.legend(handles=_dashes(PARTS), loc="lower right")
 
 
-def _curves(axis: Axes, values: pd.DataFrame, dash: str = "-") -> None:
+def _curves(axis: Axes, values: pd.DataFrame, dash: str = "-", bounds: tuple[float, float] = (0, np.inf)) -> None:
     """A line an activation, means over seeds, with its 95% t-interval; a point a seed."""
     # logarithmic from 1 on, with room for a filter to no direction
     axis.set_xscale("symlog", base=2, linthresh=1)
     for k, activation in enumerate(NETS):
         nets = values[values["activation"] == activation]
-        axis.plot(nets["code"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.15, markersize=2)
-        sns.lineplot(nets, x="code", y="value", ax=axis, color=f"C{k}", linestyle=dash, marker=MARKERS[k], markersize=3.5, errorbar=t_error)
+        over_seeds(axis, nets, "code", k, bounds=bounds, linestyle=dash)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("code width r")
 

@@ -4,7 +4,7 @@ Its rows are those of nine experiments; black lines are predictions, points sing
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.certificate import ENTRIES, networks
 from experiments.information_bottleneck import PREDICTED
 from experiments.sigmoid_saturation import jacobian_nets
-from paper_figures.style import DASHES, MARKERS, criteria, panels, title
+from paper_figures.style import DASHES, PREDICTION, SMALL, criteria, over_seeds, panels, title
 from src import mean_field
 from src.jacobian.normalised import batch_norm_growth
 from src.prediction import association
@@ -28,10 +28,10 @@ EXPERIMENTS = (
     *SOLUTIONS,
     "certificate",
 )
+NOTE = "points: single seeds; bars: 95% t-intervals over seeds; black: predicted"
 LOCKED = 1.3  # σw² of the locked tanh chains
 LOGISTIC = 1.0  # σw² of the logistic ones, σb² = 0
 REACH = 6  # a chain is locked where −L ln χ exceeds it (Schoenholz et al. 2017)
-PREDICTION: dict[str, Any] = {"color": "k", "linewidth": 0.8}
 READINGS = {
     "attenuation": "∏‖J$_l$‖",
     "rank": "min rank J$_l$",
@@ -45,7 +45,7 @@ READINGS = {
 def draw(rows: pd.DataFrame) -> Figure:
     """Ten panels: a locked, b–e its sources, f–i what is said to solve it, j how well the certificate foretells the accuracy."""
     parts = _by_experiment(rows)
-    with panels(rows, count=10, columns=4, height=2.1, wide=(0, 9)) as (figure, axes):
+    with panels(rows, count=10, columns=4, height=2.1, wide=(0, 9), note=NOTE) as (figure, axes):
         _locked(axes[0], parts["vanishing_products"])
         _products(axes[1], parts["vanishing_products"])
         _ranks(axes[2], parts["rank_bottleneck"])
@@ -177,7 +177,7 @@ def _saturation(axis: Axes, rows: pd.DataFrame) -> None:
     axis.plot(grid, [mean_field.chi("sigmoid", w, 0.0) for w in grid], label="χ", **PREDICTION)
     _unit(axis)
     axis.set(xscale="log", yscale="log", xlabel="σw² of logistic chains", ylabel="growth of ‖g‖² a layer")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", handlelength=1)
     title(axis, "source: saturation")
 
 
@@ -198,7 +198,7 @@ def _code(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_yscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="code width r (d = 64)" if energy["width"].max() == 64 else "code width r", ylabel="energy before the code")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", handlelength=1)
     title(axis, "source: bottleneck")
 
 
@@ -293,21 +293,16 @@ def _certificate(axis: Axes, rows: pd.DataFrame) -> None:
         axis.plot(rho.value, place, "o" if reading in ENTRIES else "s", color=colour)
     level = float(criteria("certificate").rank_predicts.at_least)
     axis.axvline(level, linestyle="--", **PREDICTION)
-    axis.annotate("foretells from here on", (level, len(READINGS)), xytext=(3, 1), textcoords="offset points", fontsize=6)
+    axis.annotate("foretells from here on", (level, len(READINGS)), xytext=(3, 1), textcoords="offset points", fontsize=SMALL)
     axis.axvline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(READINGS)), list(READINGS.values()))
     axis.set(xlim=(-1, 1), ylim=(len(READINGS) + 0.3, -0.6), xlabel="Spearman ρ with the accuracy reached", ylabel="reading")
     title(axis, f"certificate: K$_{{back}}$ (circles), {len(nets)} nets")
 
 
-def _seeds(axis: Axes, nets: pd.DataFrame, x: str, k: int, label: str | None = None) -> None:
-    """Every seed as a point, and the means with their 95% t-intervals."""
-    axis.plot(nets[x], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.25, markersize=2.5, markeredgewidth=0)
-    found = {at: t_interval(values) for at, values in nets.groupby(x)["value"]}
-    means = np.array([estimate.value for estimate in found.values()])
-    errors = [[e.value - e.lo for e in found.values()], [e.hi - e.value for e in found.values()]]
-    look: dict[str, Any] = {"color": f"C{k}", "linestyle": "none", "elinewidth": 0.9, "markersize": 3.5, "markerfacecolor": "w"}
-    axis.errorbar(list(found), means, errors, marker=MARKERS[k], label=label or "measured", **look)
+def _seeds(axis: Axes, nets: pd.DataFrame, x: str, k: int, label: str = "measured") -> None:
+    """Every seed as a point, and the means, unconnected, with their 95% t-intervals."""
+    over_seeds(axis, nets, x, k, label, linestyle="none", markerfacecolor="w")
 
 
 def _unit(axis: Axes) -> None:

@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.rank_bottleneck import EXAMPLE, EXAMPLE_BATCH, MODES, NETS, SETTING, SOURCES, UNTRAINED, span
-from paper_figures.style import DASHES, MARKERS, panels, title
+from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, SMALL, over_seeds, panels, title
 from src.rows import pick
 
 ROUNDING = 1e-32  # what a share of exactly 0 is drawn at
+NOTE = f"{SEEDS}; e: of logarithms, a share of exactly 0 stands at 10$^{{-32}}$"
+PRECISIONS = {"exact": 3, "float32": 4, "float64": 5}
 PLACE, RANK = EXAMPLE["place"], EXAMPLE["rank"]
 # the nets often coincide: ReLU a broad pale line, the others narrow on it
 BREADTH = {"linear": 1.2, "relu": 3.5, "tanh": 1.2}
@@ -26,7 +28,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: rank ∇W_l by layer at initialisation and during training, rank ∇W_1 against r and N, updates outside, computed ranks."""
     ranks = pick(rows, "gradient_rank", part="ranks")
     training, lowest = ranks[ranks["steps"] > 0], ranks[(ranks["steps"] == 0) & (ranks["layer"] == 1) & (ranks["place"] == PLACE)]
-    with panels(rows, count=6, columns=3, height=2.5) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.5, note=NOTE) as (figure, axes):
         _by_layer(axes[0], pick(rows, "gradient_rank", part="example"), f"start: Gaussian, 64 classes, N={EXAMPLE_BATCH}")
         axes[0].legend(loc="center right", bbox_to_anchor=(1, 0.55))
         _by_layer(axes[1], training, f"steps 1–{training['steps'].max():.0f}: images, N={training['batch'].max():.0f}")
@@ -63,10 +65,10 @@ def _by_layer(axis: Axes, ranks: pd.DataFrame, what: str) -> None:
     for activation, nets in ranks.groupby("activation"):
         place = nets["layer"] + NUDGE[activation]
         axis.plot(place, nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.5, label=activation)
-    axis.axhline(RANK, color="k", linewidth=0.9, linestyle="--")
+    axis.axhline(RANK, linestyle="--", **PREDICTION)
     axis.axvspan(PLACE - 0.4, PLACE + 0.4, color="0.92", zorder=0)
-    axis.annotate(f"$W_{PLACE}$: rank {RANK}", (PLACE, 33), fontsize=6.5, ha="center", rotation=90)
-    axis.annotate(f"as stated: ≤ {RANK}", (0.65, RANK + 2), fontsize=6.5)
+    axis.annotate(f"$W_{PLACE}$: rank {RANK}", (PLACE, 33), fontsize=SMALL, ha="center", rotation=90)
+    axis.annotate(f"as stated: ≤ {RANK}", (0.65, RANK + 2), fontsize=SMALL)
     axis.set(xlabel="layer l", ylabel=r"rank $\nabla W_l$", ylim=(0, 70), xticks=range(1, 6))
     title(axis, what)
 
@@ -75,11 +77,11 @@ def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
     """Rank ∇W_1 of every net against r or N, its mean a line; images dashed, the bound as stated black."""
     dashes = dict(zip(SOURCES, DASHES, strict=False))
     for (activation, source), nets in ranks.groupby(["activation", "source"]):
-        axis.plot(nets[column], nets["value"], MARKER[activation], color=COLOUR[activation], alpha=0.4, markersize=3)
-        mean = nets.groupby(column)["value"].mean()
-        axis.plot(mean.index, mean, dashes[source], color=COLOUR[activation], linewidth=BREADTH[activation], alpha=0.7)
+        look: dict[str, Any] = {"linestyle": dashes[source], "linewidth": BREADTH[activation], "alpha": 0.7}
+        over_seeds(axis, nets, column, list(NETS).index(activation), **look)
     bound = ranks.groupby(column)["rank"].first()
-    axis.plot(bound.index, bound, color="k", linewidth=0.9, label="as stated: ≤ r")
+    axis.plot(bound.index, bound, label="as stated: ≤ r", **PREDICTION)
+    axis.legend(loc="upper left", handlelength=1, borderaxespad=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_ylabel(r"rank $\nabla W_1$")
@@ -87,14 +89,12 @@ def _against(axis: Axes, ranks: pd.DataFrame, column: str, what: str) -> None:
 
 
 def _outside(axis: Axes, rows: pd.DataFrame) -> None:
-    """The share of every net's update of W_1 outside; its geometric mean a line."""
+    """The share of every net's update of W_1 outside."""
     shares = pick(rows, "outside", layer=1)
     dashes = dict(zip(MODES, DASHES, strict=False))
     for (activation, mode), nets in shares.groupby(["activation", "trained"]):
-        values = nets["value"].clip(lower=ROUNDING)
-        mean = np.exp(np.log(values).groupby(nets["steps"]).mean())
-        axis.plot(nets["steps"], values, ".", color=COLOUR[activation], alpha=0.3, markersize=2)
-        axis.plot(mean.index, mean, dashes[mode], color=COLOUR[activation])
+        drawn, k = nets.assign(value=nets["value"].clip(lower=ROUNDING)), list(NETS).index(activation)
+        over_seeds(axis, drawn, "steps", k, geometric=True, linestyle=dashes[mode], markersize=2.5)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="training step", ylabel=r"share of $\Delta W_1$ in frozen directions", ylim=(1e-34, 1e3))
     axis.set_yscale("log")
@@ -110,11 +110,10 @@ def _key(axis: Axes, styles: Iterable[tuple[str, Any]], **legend: Any) -> None:
 def _precision(axis: Axes, rows: pd.DataFrame) -> None:
     exact = pick(rows, "exact_rank").assign(precision="exact")
     computed = pick(rows, "product_rank")
-    for k, (label, ranks) in enumerate(pd.concat([exact, computed]).groupby("precision")):
-        axis.plot(ranks["depth"], ranks["value"], MARKERS[k], color=f"C{k + 3}", alpha=0.15, markersize=3)
-        mean = ranks.groupby("depth")["value"].mean()
-        axis.plot(mean.index, mean, DASHES[k], color=f"C{k + 3}", label=str(label))
+    of_nets = pd.concat([exact, computed]).groupby(["precision", "depth", "net_seed"], as_index=False)["value"].mean()
+    for precision, nets in of_nets.groupby("precision"):
+        over_seeds(axis, nets, "depth", PRECISIONS[str(precision)], str(precision), (0, np.inf))
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="depth L (weight layers)", ylabel=r"rank $\partial H_L/\partial H_0$, one sample", ylim=(0, None))
+    axis.set(xlabel="depth L (weight layers)", ylabel=r"mean rank $\partial H_L/\partial H_0$", ylim=(0, None))
     title(axis, "ReLU, no bottleneck")
     axis.legend()

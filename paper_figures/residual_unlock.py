@@ -2,12 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.residual_unlock import TABLE_6
-from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from paper_figures.style import PREDICTION, SEEDS, over_seeds, panels, title
 from src.rows import pick
 
 NAMES = {"none": "plain", "original": "original", "preactivation": "pre-activation"}
@@ -15,7 +14,7 @@ NAMES = {"none": "plain", "original": "original", "preactivation": "pre-activati
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: σ_min(I+J), gradients end to end without and with BN, growth of x_l², accuracy, gradients after training."""
-    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.4, note=f"{SEEDS}; d: of logarithms; e: cut at 0 and 1") as (figure, axes):
         _sigma_min(axes[0], rows)
         # the mean field's growth of ‖g‖² a layer in plain chains: χ = ½, and π/(π−1) (Yang et al. 2019)
         _flow(axes[1], pick(rows, "flow", part="flow", norm="none", weight_var=1.0), "no norm, σw² = 1, initial", 0.5)
@@ -60,7 +59,7 @@ def _sigma_min(axis: Axes, rows: pd.DataFrame) -> None:
     axis.plot(random["branch_norm"], random["sigma_min"], linestyle="none", marker="o", alpha=0.5, label="random blocks")
     axis.plot(cancelled["branch_norm"], cancelled["sigma_min"], linestyle="none", marker="X", color="C3", markersize=7, label="J = −I")
     norms = np.geomspace(min(random["branch_norm"].min(), 0.1), 1, 50)
-    axis.plot(norms, 1 - norms, color="k", linewidth=0.9, label="1 − ‖J‖")
+    axis.plot(norms, 1 - norms, label="1 − ‖J‖", **PREDICTION)
     axis.axvline(1, ymax=0.7, color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set(xlabel="largest ‖J‖ of the branch", ylabel="least σ_min(I + J)")
@@ -72,7 +71,7 @@ def _flow(axis: Axes, flows: pd.DataFrame, what: str, growth: float | None = Non
     _by_skip(axis, flows)
     if growth is not None:
         depths = np.sort(flows["depth"].unique())
-        axis.plot(depths, (depths - 2) * np.log(growth) / 2, color="k", linewidth=0.7, label="plain, mean field")
+        axis.plot(depths, (depths - 2) * np.log(growth) / 2, label="plain, mean field", **PREDICTION)
     axis.axhline(0, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="depth L (weight layers)", ylabel="ln ‖g_1‖ / ‖g_{L−1}‖ (nats)")
     title(axis, what)
@@ -85,10 +84,8 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
     blocks = np.arange(1, plain["layer"].max() + 1)
     curves = ((plain, 2.0**blocks, "no normalisation"), (normalised.assign(value=1 + normalised["value"]), 1 + blocks, "BN–ReLU–W"))
     for k, (growth, prediction, label) in enumerate(curves):
-        axis.plot(growth["layer"], growth["value"], ".", color=f"C{k}", alpha=0.3, markersize=2)
-        mean = np.log(growth["value"]).groupby(growth["layer"]).mean()
-        axis.plot(mean.index, np.exp(mean), DASHES[k], color=f"C{k}", label=label)
-        axis.plot(blocks, prediction, color="k", linewidth=0.7)
+        over_seeds(axis, growth, "layer", k, label, geometric=True, markersize=2)
+        axis.plot(blocks, prediction, **PREDICTION)
     axis.set_yscale("log")
     axis.set(xlabel="block l", ylabel="mean x_l² (BN: 1 + added)")
     title(axis, "growth; black: $2^l$ and 1+l")
@@ -96,16 +93,13 @@ def _growth(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _accuracy(axis: Axes, rows: pd.DataFrame) -> None:
-    _by_skip(axis, pick(rows, "test_accuracy", part="training"))
+    _by_skip(axis, pick(rows, "test_accuracy", part="training"), (0, 1))
     axis.set(xlabel="depth L (weight layers)", ylabel="test accuracy", ylim=(0, 1))
     title(axis, "short training, BatchNorm")
     axis.legend()
 
 
-def _by_skip(axis: Axes, values: pd.DataFrame) -> None:
-    """A line a chain with its 95% t-interval, and every seed as a point."""
+def _by_skip(axis: Axes, values: pd.DataFrame, bounds: tuple[float, float] = (-np.inf, np.inf)) -> None:
     for k, (skip, name) in enumerate(NAMES.items()):
-        nets = values[values["skip"] == skip]
-        axis.plot(nets["depth"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.4, markersize=3)
-        sns.lineplot(nets, x="depth", y="value", ax=axis, color=f"C{k}", linestyle=DASHES[k], errorbar=t_error, label=name)
+        over_seeds(axis, values[values["skip"] == skip], "depth", k, name, bounds)
     axis.set_xscale("log", base=2)

@@ -6,18 +6,19 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.vanishing_products import SCALED, depth_scales
-from paper_figures.style import DASHES, MARKERS, panels, title
+from experiments.vanishing_products import BOUNDED, SCALED, depth_scales
+from paper_figures.style import ACTIVATIONS, DASHES, MARKERS, PREDICTION, SMALL, over_seeds, panels, title
 from src import mean_field
 from src.rows import pick
 from src.statistics import t_interval
 
+NOTE = "points, thin lines: single seeds; c: means with 95% t-intervals; a: the least of nets and samples; b: not random"
 PROFILED = (1.0, 1.3, 1.7, 2.5)
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Six panels: slack of the bound, scaled chains, χ, error signals, trainable depth, hidden vanishing."""
-    with panels(rows, count=6, columns=3, height=2.3) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.4, note=NOTE) as (figure, axes):
         _slack(axes[0], rows)
         _scaled(axes[1], rows)
         _chi(axes[2], rows)
@@ -55,7 +56,9 @@ def _slack(axis: Axes, rows: pd.DataFrame) -> None:
     bound = rows[(rows["part"] == "bound") & rows["sample"].notna()]
     keys = ["activation", "weight_var", "depth", "net_seed", "sample"]
     wide = bound.pivot(index=keys, columns="quantity", values="value")
-    for k, ((activation, weight_var), net) in enumerate(wide.groupby(["activation", "weight_var"])):
+    kinds = [(net["activation"], net["weight_var"]) for net in BOUNDED]
+    for (activation, weight_var), net in wide.groupby(["activation", "weight_var"]):
+        k = kinds.index((activation, weight_var))
         for form, style in (("bound", "-"), ("bound_as_stated", ":")):
             least = (net[form] - net["gradient"]).groupby("depth").min()
             label = f"{activation} {weight_var:g}" if form == "bound" else None
@@ -71,8 +74,8 @@ def _slack(axis: Axes, rows: pd.DataFrame) -> None:
 
 def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
     product = pick(rows, "attenuation", part="scaled")
-    for k, (kind, chains) in enumerate(product.groupby("chain")):
-        chains = chains.sort_values("depth")
+    for k, kind in enumerate(SCALED):
+        chains = product[product["chain"] == kind].sort_values("depth")
         axis.plot(
             chains["depth"],
             chains["value"],
@@ -82,12 +85,12 @@ def _scaled(axis: Axes, rows: pd.DataFrame) -> None:
             label="‖J_l‖ = 0.9" if kind == "uniform" else "‖J_l‖ = 1−1/(l+1)²",
         )
         layers = np.arange(1, chains["depth"].max() + 1)
-        prediction = np.cumsum(np.log([SCALED[str(kind)](layer) for layer in layers]))
-        axis.plot(layers, prediction, DASHES[k], color=f"C{k}")
+        prediction = np.cumsum(np.log([SCALED[kind](layer) for layer in layers]))
+        axis.plot(layers, prediction, **PREDICTION | {"linestyle": DASHES[k]})
     axis.axhline(np.log(0.5), color="0.3", linewidth=0.8, linestyle=":")
-    axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(-8, -3), textcoords="offset points", fontsize=6.5, ha="right", va="top")
+    axis.annotate("ln ½", (layers[-1], np.log(0.5)), xytext=(-8, -3), textcoords="offset points", fontsize=SMALL, ha="right", va="top")
     axis.set(xlabel="depth L (weight layers)", ylabel="Σ ln ‖J_l‖ (nats)")
-    title(axis, "chains with all ‖J_l‖ < 1")
+    title(axis, "all ‖J_l‖ < 1; black: exact")
     axis.legend(loc="lower left")
 
 
@@ -95,26 +98,27 @@ def _chi(axis: Axes, rows: pd.DataFrame) -> None:
     measured = pick(rows, "chi", part="rate")
     bias_var = measured["bias_var"].iloc[0]
     grid = np.linspace(measured["weight_var"].min(), measured["weight_var"].max(), 60)
-    for k, (activation, nets) in enumerate(measured.groupby("activation")):
-        axis.plot(grid, [mean_field.chi(activation, w, bias_var) for w in grid], DASHES[k], color=f"C{k}", linewidth=0.9)
-        axis.plot(nets["weight_var"], nets["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.6, label=activation)
+    for activation, nets in measured.groupby("activation"):
+        axis.plot(grid, [mean_field.chi(activation, w, bias_var) for w in grid], **PREDICTION)
+        over_seeds(axis, nets, "weight_var", ACTIVATIONS.index(str(activation)), str(activation), (0, np.inf), linestyle="none")
     axis.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     axis.set(xlabel="weight variance σw²", ylabel="mean σ² of J_l")
     axis.set_yscale("log")
-    title(axis, "χ: mean field and nets")
+    title(axis, "χ; black: mean field")
     axis.legend(loc="center right")
 
 
 def _profiles(axis: Axes, rows: pd.DataFrame) -> None:
     signal = pick(rows, "error_signal", part="rate", activation="tanh")
-    for k, (weight_var, nets) in enumerate(signal[signal["weight_var"].isin(PROFILED)].groupby("weight_var")):
+    for weight_var, nets in signal[signal["weight_var"].isin(PROFILED)].groupby("weight_var"):
+        k = PROFILED.index(float(str(weight_var)))
         table = nets.pivot(index="layer", columns="net_seed", values="value")
         depth = table.index.max()
         relative = (table - table.loc[depth - 1]).loc[: depth - 1]
         axis.plot(relative.index, relative, color=f"C{k}", alpha=0.25, linewidth=0.7)
         axis.plot(relative.index, relative.mean(axis=1), color=f"C{k}", linestyle=DASHES[k], label=f"{weight_var:g}")
         chi = mean_field.chi("tanh", weight_var, nets["bias_var"].iloc[0])
-        axis.plot(relative.index, (depth - 1 - relative.index) * np.log(chi) / 2, color="k", linewidth=0.6)
+        axis.plot(relative.index, (depth - 1 - relative.index) * np.log(chi) / 2, **PREDICTION)
     axis.set(xlabel="layer l", ylabel="ln ‖g_l‖ / ‖g_{L−1}‖ (nats)")
     title(axis, "tanh; black: mean field")
     axis.margins(y=0.3)
@@ -124,7 +128,7 @@ def _profiles(axis: Axes, rows: pd.DataFrame) -> None:
 def _edge(axis: Axes, rows: pd.DataFrame) -> None:
     accuracy = pick(rows, "train_accuracy", part="edge").groupby(["depth", "weight_var"])["value"].mean().unstack()
     colours = {"cmap": "cividis", "vmin": 0, "vmax": 1, "cbar": False}
-    sns.heatmap(accuracy.iloc[::-1], ax=axis, annot=True, fmt=".2f", annot_kws={"size": 6}, **colours)
+    sns.heatmap(accuracy.iloc[::-1], ax=axis, annot=True, fmt=".2f", annot_kws={"size": SMALL}, **colours)
     depths = np.log2(accuracy.index.to_numpy())
     for column, edge in enumerate(depth_scales(rows).itertuples()):
         if edge.chi < 1:

@@ -1,15 +1,17 @@
 """Figure and table of wide_layers: ranks of J_l, ∇W_l and N×P_l against width, their share of it, stable ranks, and the batch size."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.wide_layers import predicted_sample_rank
-from paper_figures.style import DASHES, MARKERS, panels, t_error, title
+from paper_figures.style import ACTIVATIONS, DASHES, MARKERS, PREDICTION, SEEDS, over_seeds, panels, title
 from src.rows import pick
 
+FACES = {"linear": "w", "relu": "C1", "tanh": "k", "sigmoid": "C3"}  # told apart in grey too
 RANKS = {"jacobian_rank": "rank J_l", "gradient_rank": "rank ∇W_l", "sample_gradients_rank": "rank N×P_l"}
 
 
@@ -18,21 +20,21 @@ def draw(rows: pd.DataFrame) -> Figure:
     initial, largest, widths = hidden(rows, "initial"), rows["batch_size"].max(), np.sort(rows["width"].unique())
     classes = int(rows["classes"].max())
     full = over_largest_batch(initial)
-    with panels(rows, count=6, columns=3, height=2.4) as (figure, axes):
+    with panels(rows, count=6, columns=3, height=2.4, note=SEEDS) as (figure, axes):
         _against_width(axes[0], pick(full, "jacobian_rank"), "rank J_l", "rank J_l; black: w and w/2")
         for share in (1.0, 0.5):
-            axes[0].plot(widths, share * widths, color="k", linewidth=0.7, zorder=0)
+            axes[0].plot(widths, share * widths, **PREDICTION)
         axes[0].set_yscale("log", base=2)
         _against_width(axes[1], pick(full, "gradient_rank"), "rank ∇W_l", f"rank ∇W_l; black: C−1, N = {largest:.0f}")
         _against_width(axes[2], pick(full, "sample_gradients_rank").query("layer > 1"), "rank of N×P_l", "N×P_l; black: linear theory")
         predicted = [predicted_sample_rank(int(width), int(largest), classes) for width in widths]
-        axes[2].plot(widths, predicted, color="k", linewidth=0.7, zorder=0)
+        axes[2].plot(widths, predicted, **PREDICTION)
         _stable(axes[3], full)
         trained = over_largest_batch(hidden(rows, "trained"))
         _against_width(axes[4], pick(trained, "gradient_rank"), "rank ∇W_l", "rank ∇W_l, trained")
         for axis in (axes[1], axes[4]):
             for cap in (classes - 1, largest):
-                axis.axhline(cap, color="k", linewidth=0.7, zorder=0)
+                axis.axhline(cap, **PREDICTION)
             axis.set_yscale("log", base=2)
             axis.legend(loc="center right")
         _against_batch(axes[5], pick(initial, "gradient_rank", width=widths.max()), classes)
@@ -78,16 +80,15 @@ def _against_width(axis: Axes, ranks: pd.DataFrame, ylabel: str, what: str) -> N
 
 
 def _stable(axis: Axes, ranks: pd.DataFrame) -> None:
-    for j, quantity in enumerate(RANKS):
-        stable = pick(ranks, quantity.replace("_rank", "_stable_rank"))
-        for k, (activation, nets) in enumerate(stable.groupby("activation")):
-            seeds = nets.groupby(["width", "net_seed"], as_index=False)["value"].mean()
-            axis.plot(seeds["width"], seeds["value"], linestyle="none", marker=MARKERS[j], color=f"C{k}", alpha=0.2, markersize=2)
-            mean = nets.groupby("width")["value"].mean()
-            label = f"{activation}" if j == 0 else None
-            axis.plot(mean.index, mean, color=f"C{k}", linestyle=DASHES[j], marker=MARKERS[j], markersize=3, label=label)
+    """Stable ranks; the marker and dash tell the matrix, the colour and the face the activation."""
+    for k, activation in enumerate(ACTIVATIONS):
+        for j, quantity in enumerate(RANKS):
+            stable = pick(ranks, quantity.replace("_rank", "_stable_rank"), activation=activation)
+            nets = stable.groupby(["width", "net_seed"], as_index=False)["value"].mean()
+            look: dict[str, Any] = {"marker": MARKERS[j], "linestyle": DASHES[j], "markerfacecolor": FACES[activation]}
+            over_seeds(axis, nets, "width", k, activation if j == 0 else None, **look)
     widths = np.sort(ranks["width"].unique())
-    axis.plot(widths, widths / 4, color="k", linewidth=0.7, zorder=0)
+    axis.plot(widths, widths / 4, **PREDICTION)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set(xlabel="width w (units)", ylabel="stable rank Σσ²/σ₁²")
@@ -99,8 +100,8 @@ def _against_batch(axis: Axes, ranks: pd.DataFrame, classes: int) -> None:
     nets = ranks.groupby(["activation", "batch_size", "net_seed"], as_index=False)["value"].mean()
     _lines(axis, nets, "batch_size")
     sizes = np.sort(nets["batch_size"].unique())
-    axis.plot(sizes, sizes, color="k", linewidth=0.7, zorder=0)
-    axis.axhline(classes - 1, color="k", linewidth=0.7, zorder=0)
+    axis.plot(sizes, sizes, **PREDICTION)
+    axis.axhline(classes - 1, **PREDICTION)
     axis.set_yscale("log", base=2)
     axis.set(xlabel="batch size N", ylabel="rank ∇W_l")
     title(axis, f"width {ranks['width'].max()}; black: N, C−1")
@@ -108,7 +109,6 @@ def _against_batch(axis: Axes, ranks: pd.DataFrame, classes: int) -> None:
 
 
 def _lines(axis: Axes, nets: pd.DataFrame, x: str) -> None:
-    for k, (activation, values) in enumerate(nets.groupby("activation")):
-        axis.plot(values[x], values["value"], linestyle="none", marker=MARKERS[k], color=f"C{k}", alpha=0.3, markersize=3)
-        sns.lineplot(values, x=x, y="value", ax=axis, color=f"C{k}", linestyle=DASHES[k], errorbar=t_error, label=activation)
+    for k, activation in enumerate(ACTIVATIONS):
+        over_seeds(axis, nets[nets["activation"] == activation], x, k, activation)
     axis.set_xscale("log", base=2)

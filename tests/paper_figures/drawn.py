@@ -5,9 +5,12 @@ import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from src import rows as row_table
@@ -43,6 +46,28 @@ def read(name: str, folder: Path, fallback: bool = False) -> pd.DataFrame:
 
 def draw(name: str, rows: pd.DataFrame) -> Figure:
     return importlib.import_module(f"paper_figures.{name}").draw(rows)
+
+
+def cut_off(figure: Figure) -> list[str]:
+    """What is drawn of rows but not within the limits of its panel, markers included: far out, or a zero on a logarithmic axis."""
+    found = []
+    for axis in figure.axes:
+        drawn: list[tuple[Any, float, str]] = []
+        for line in axis.get_lines():
+            if line.get_transform() is axis.transData and line.zorder <= 2:
+                drawn.append((line.get_xydata(), line.get_markersize() * (line.get_marker() not in ("None", "")), str(line.get_label())))
+        bars = [bar for container in axis.containers if isinstance(container, ErrorbarContainer) for bar in container.lines[2]]
+        drawn += [(ends, 0, "an interval") for bar in bars for ends in bar.get_segments()]
+        drawn += [(points.get_offsets(), 0, str(points.get_label())) for points in axis.collections if isinstance(points, PathCollection)]
+        box = axis.get_window_extent()
+        for points, size, label in drawn:
+            there = np.asarray(points, dtype=float)
+            there = there[np.isfinite(there).all(axis=1)]
+            radius = size / 2 * figure.dpi / 72 - 2  # the width of the axis hides two pixels
+            within = axis.transData.transform(there)
+            if not ((within - radius >= box.p0) & (within + radius <= box.p1)).all():
+                found.append(f"{axis.get_label()}: {label}")
+    return found
 
 
 def check_panels(figure: Figure) -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from paper_figures.overview import EXPERIMENTS
-from paper_figures.products import FIGURES
+from paper_figures.products import FIGURES, _or_partial
 from paper_figures.sources import HERE
 from paper_figures.style import to_bytes
 from src import rows as row_table
+from src.errors import UserError
 from src.verdict import Verdict
 from tests.experiments.measured import NAMES, verdicts
-from tests.paper_figures.drawn import check_panels, draw, read
+from tests.paper_figures.drawn import check_panels, cut_off, draw, read
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,13 +51,43 @@ def test_nothing_of_the_committed_figures_is_cut_off_or_runs_into_the_next(name:
     rows = [row_table.read(HERE / "reference" / f"{part}.parquet") for part in (EXPERIMENTS if name == "overview" else [name])]
     figure = draw(name, pd.concat(rows))
     figure.draw_without_rendering()
-    assert all(axis.has_data() for axis in figure.axes)
+    assert cut_off(figure) == []
     words = [text for axis in figure.axes for text in (axis.xaxis.label, axis.yaxis.label, axis.get_legend(), *axis.texts) if text]
     boxes = [text.get_window_extent() for text in words]
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
     titles = [axis._left_title.get_window_extent() for axis in figure.axes]
     assert all(box.x1 <= figure.bbox.x1 for box in titles)
     assert not [(one, other) for one, other in combinations(titles, 2) if one.overlaps(other)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_of_the_rows_are_told_to_be_partial_or_fill_every_panel(name: str, tmp_path: Path) -> None:
+    rows = read(name, tmp_path)
+    told = []
+    try:
+        check_panels(_or_partial("rows.parquet", lambda: draw(name, rows.iloc[: len(rows) // 2])))
+    except UserError as error:
+        told.append(str(error))
+    assert all(line.startswith("rows.parquet: partial") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("points", "limits", "scale", "cut"),
+    [
+        ([1, 5, 9], (0, 10), "linear", False),
+        ([1, 5, 11], (0, 10), "linear", True),
+        ([1, 5, 10], (0, 10), "linear", True),  # half of a marker
+        ([1, 5, 9], (0.1, 100), "log", False),
+        ([0, 5, 9], (0.1, 100), "log", True),
+        ([0, 5, 9], (-1, 100), "symlog", False),
+    ],
+)
+def test_what_is_cut_off_is_found(points: list[float], limits: tuple[float, float], scale: str, cut: bool) -> None:
+    figure = Figure()
+    axis = figure.add_subplot(label="a")
+    axis.plot(range(3), points, "o")
+    axis.set(xlim=(-1, 3), yscale=scale, ylim=limits)
+    assert cut_off(figure) == (["a: _child0"] if cut else [])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,5 +27,5 @@ def test_the_table_has_the_measured_and_the_predicted_growth(tmp_path: Path) -> 
 def test_depth_fifty_and_every_kind_of_chain_are_marked(tmp_path: Path) -> None:
     axis = next(axis for axis in draw(NAME, read(NAME, tmp_path)).axes if axis.get_label() == "f")
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["BN", "BN + skips", "LN", "N = 32"]
+    assert labels == ["BN", "LN", "BN + skips", "N = 32"]
     assert any(list(line.get_xdata()) == [50, 50] for line in axis.get_lines())

@@ -46,7 +46,7 @@ def test_the_table_has_accuracies_and_counts_what_diverged(tmp_path: Path) -> No
     assert table.loc[(PATIENT, "test accuracy"), "LayerNorm"] == pytest.approx(accuracy)
 
 
-def test_a_training_that_diverged_stands_at_the_edge(tmp_path: Path) -> None:
+def test_a_training_that_diverged_stands_beyond_all_that_is_finite(tmp_path: Path) -> None:
     rows = read(NAME, tmp_path)
     for lost, pairs, gain in (("skip", 1, -np.inf), ("plain", len(NAMES), np.inf)):
         changed = put("diverged", 1.0, remedy=lost)(rows)
@@ -54,5 +54,10 @@ def test_a_training_that_diverged_stands_at_the_edge(tmp_path: Path) -> None:
         assert (table.loc[("trained", "forwards (decades)"), "skip"] == gain).all()
         figure = draw(NAME, changed)
         check_panels(figure)
-        marks = [line.get_marker() for axis in figure.axes[4:] for line in axis.get_lines()]
-        assert marks.count(rf"${'-' if gain < 0 else '+'}\infty$") == 2 * len(PATIENTS) * pairs
+        for axis in figure.axes[4:]:
+            rows_of = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.get_yticks(), strict=True))
+            beyond = rows_of.pop("−∞" if gain < 0 else "∞")
+            assert all((beyond < tick) == (gain < 0) for tick in rows_of.values())
+            heights = np.concatenate([line.get_ydata() for line in axis.get_lines() if line.get_marker() in "os^"])
+            assert (heights == beyond).sum() == len(PATIENTS) * pairs
+            assert ((heights < beyond) == (gain > 0))[heights != beyond].all()
