@@ -1,5 +1,7 @@
 """The README's commands, run as they stand but for the scale, the tracker and where they write."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -120,7 +122,18 @@ def test_the_ledger_of_the_readme_is_that_of_the_committed_rows() -> None:
     assert committed() in README, "write what `python -m paper_figures summary` makes between the marks"
 
 
-def test_every_picture_of_the_readme_is_committed_and_all_are_small() -> None:
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert set(pictures) == {file.relative_to(ROOT).as_posix() for file in (ROOT / "paper_figures/reference").glob("*.png")}
-    assert sum((ROOT / picture).stat().st_size for picture in pictures) < 3e6
+def test_every_figure_is_in_the_gallery_and_linked_and_all_are_small() -> None:
+    pictures = re.findall(r"\]\(([^)]+\.png)\)", README)
+    gallery = [ROOT / f"paper_figures/gallery/{name}.png" for name in FIGURES]
+    assert set(pictures) == {file.relative_to(ROOT).as_posix() for file in gallery}
+    assert sum(file.stat().st_size for file in gallery) < 5e6
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_gallery_shows_the_committed_rows(name: str) -> None:
+    gallery = ROOT / "paper_figures/gallery"
+    sidecar = json.loads((gallery / f"{name}.json").read_text())
+    assert sidecar["files"][f"{name}.png"] == hashlib.sha256((gallery / f"{name}.png").read_bytes()).hexdigest()
+    for run in sidecar["rows"]:
+        for file, digest in run["files"].items():
+            assert hashlib.sha256((ROOT / file).read_bytes()).hexdigest() == digest
