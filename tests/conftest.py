@@ -2,10 +2,12 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     from tests.tiny import Tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+# in the environment of all processes of the tests: a folder for what they measure once
+SHARED = "MEASURED_BY_TESTS"
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[SHARED] = mkdtemp()
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ.pop(SHARED))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Mirrored:
         return subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=True).stdout
 
     def environment(self) -> dict[str, str]:
-        folders = {f"WANDB_{name}_DIR": str(self.place / "wandb" / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+        folders = {f"WANDB_{name}_DIR": str(self.place / "wandb" / name.lower()) for name in ("CACHE", "CONFIG")}
         return {**os.environ, **folders, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": CANARY}
 
 
@@ -177,7 +177,7 @@ def test_the_tables_made_from_the_mirror_alone_are_those_of_the_run_folder(
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("verdicts.json", lambda text: text.replace(b'"n": 2', b'"n": 3', 1), "differs in verdicts.json, the ledger"),
+        ("verdicts.json", lambda text: text.replace(b'"n": 2', b'"n": 3', 1), "verdicts.json: not as the run left it"),
         ("provenance.json", lambda text: text.replace(b'"wall_time_s": ', b'"wall_time_s": 9'), "differs in provenance.json, the cost"),
         ("rows.parquet", lambda content: content[:100], "damaged"),
     ],
@@ -194,6 +194,42 @@ def test_a_run_folder_that_differs_from_its_mirror_is_told(
     finally:
         file.write_bytes(before)
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "told"),
+    [
+        ("*.wandb", lambda content: content[: len(content) // 2], "holds no run folder"),
+        ("*.wandb", lambda content: content[:-3000] + bytes(200) + content[-2800:], "can't read it"),
+        ("files/media/table/certificate/*/*.table.json", lambda content: b"", "was logged, but is missing or damaged"),
+        ("files/media/images/figure_*.png", lambda content: content + b"0", "was logged, but is missing or damaged"),
+        ("files/media/table/verdicts_*.table.json", lambda content: content[:40], "verdicts"),
+    ],
+)
+def test_a_damaged_mirror_of_a_finished_run_is_told(
+    mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pattern: str, change, told: str
+) -> None:
+    file = next(mirrored.run.glob(pattern))
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    try:
+        assert compared(mirrored, tmp_path, monkeypatch) == 1
+    finally:
+        file.write_bytes(before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {mirrored.run}")
+    assert told in line
+
+
+def test_a_results_folder_may_be_moved(
+    mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mirrored.place / "results").rename(mirrored.place / "moved")
+    try:
+        assert show_mirror(mirrored.place / "moved", tmp_path) == 0
+    finally:
+        (mirrored.place / "moved").rename(mirrored.place / "results")
+    assert "its tables are those of the run folder" in capsys.readouterr().out
 
 
 def test_a_finished_run_without_its_mirror_is_told(

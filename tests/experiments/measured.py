@@ -1,12 +1,15 @@
 """Contexts and rows of the experiments on the bundled digits, and rows with some of their values replaced."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from src import run
@@ -16,6 +19,7 @@ from src.experiment import Context, Experiment
 from src.rows import pick
 from src.tracking import Silent
 from src.verdict import Verdict
+from tests.conftest import SHARED
 
 NAMES = sorted(file.stem for file in (run.CONF / "experiment").glob("*.yaml"))
 
@@ -56,8 +60,12 @@ def small_context(name: str, *overrides: str) -> Context:
 
 @cache
 def small_rows(name: str) -> pd.DataFrame:
-    """Really measured rows on a tiny grid; not to be written to."""
-    return experiment(name).measure(small_context(name))
+    """Really measured rows on a tiny grid, measured once for all processes of the tests; not to be written to."""
+    file = Path(os.environ[SHARED], f"{name}.pickle")
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            experiment(name).measure(small_context(name)).to_pickle(file)
+    return pd.read_pickle(file)
 
 
 def verdicts(name: str, rows: pd.DataFrame) -> dict[str, Verdict]:

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from paper_figures.overview import EXPERIMENTS
-from paper_figures.products import FIGURES, _or_partial
-from paper_figures.sources import HERE
+from paper_figures.products import FIGURES
+from paper_figures.sources import HERE, lacking
 from paper_figures.style import to_bytes
 from src import rows as row_table
 from src.errors import UserError
@@ -65,7 +65,8 @@ def test_half_of_the_rows_are_told_to_be_partial_or_fill_every_panel(name: str, 
     rows = read(name, tmp_path)
     told = []
     try:
-        check_panels(_or_partial("rows.parquet", lambda: draw(name, rows.iloc[: len(rows) // 2])))
+        with lacking(Path("rows.parquet")):
+            check_panels(draw(name, rows.iloc[: len(rows) // 2]))
     except UserError as error:
         told.append(str(error))
     assert all(line.startswith("rows.parquet: partial") for line in told)

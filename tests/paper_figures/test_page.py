@@ -122,6 +122,8 @@ def test_a_heading_sorts_by_number_and_back_and_keeps_the_unknown_last(view: Any
     heading.click()
     assert shown(view) == ["two", "one", "three", "four"]
     assert view.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    view.get_by_role("button", name="interval").click()
+    assert shown(view) == ["three", "one", "two", "four"]
     view.get_by_role("button", name="verdict").click()
     assert shown(view) == ["one", "three", "four", "two"]
 
