@@ -39,7 +39,7 @@ def main() -> int:
         everything = not asked.names or "page" in asked.names
         names = NAMES if everything else asked.names
         return drawing.draw_all(names, shelf, asked.out, asked.mixed, page=everything)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -88,7 +88,7 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
 def comparable(shelf: Shelf, experiment: str) -> tuple[Source, Source] | str:
     """The reference and the newest finished run on its data set and at its scale; in words why there are none."""
     reference = shelf.committed(experiment)
-    if not reference.rows.exists():
+    if not reference.files:
         return "no reference rows, not compared"
     stamp = reference.read().iloc[0]
     others = set()

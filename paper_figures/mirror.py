@@ -53,7 +53,7 @@ def show_mirror(results: Path, out: Path) -> int:
 
     Raises: UserError when there are no offline runs.
     """
-    places = sorted((results / "wandb").glob("offline-run-*"))
+    places = sorted((results / "wandb").glob("offline-run-*-*"))
     if not places:
         raise UserError(f"no offline runs under {results / 'wandb'}; a run leaves one with tracker=offline")
     newest = {place.name.split("-", 3)[3]: place for place in places}  # the last of each id
@@ -66,7 +66,7 @@ def show_mirror(results: Path, out: Path) -> int:
                 lines += measured(rows, mirrored.verdicts)
                 sources.append((mirrored.source, rows))
                 differing = differences(mirrored, rows)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if not any(read_status(folder) == "done" for folder in results.glob(f"*/*/*/seed*-{run}*")):
                 print(f"{place}: unfinished, left out")
                 continue
@@ -157,8 +157,9 @@ def _copy(place: Path, held: Mapping[str, Mapping[str, str]], name: str) -> Path
     if name not in held:
         raise UserError(f"{place}: its artifact lacks {name}")
     staged = Path(held[name].get("local_path", ""))
-    # with the folder that the runs are in, where that was moved
-    copy = staged if staged.is_file() else place.parent / "artifacts/staging" / staged.name
+    # beside the offline runs, wherever these were moved to
+    beside = place.parent / "artifacts/staging" / staged.name
+    copy = beside if beside.is_file() else staged
     if not copy.is_file():
         raise UserError(f"{place}: {name} is no longer in W&B's staging folder (synced, or cleaned)")
     if _md5(copy) != held[name]["digest"]:
@@ -191,6 +192,6 @@ def _md5(file: Path) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

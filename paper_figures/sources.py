@@ -1,6 +1,5 @@
 """Which rows are drawn: the newest finished run of an experiment, else the committed ones; and whether they may stand in one figure."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import pandas as pd
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 from yaml import YAMLError
 
 from src import rows as row_table
@@ -58,6 +58,8 @@ class Source:
         rows = row_table.read(self.rows)
         if missing := STAMP - set(rows.columns):
             raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
+        if rows[[*STAMP]].isna().any(axis=None):
+            raise UserError(f"{self.rows}: partial, some rows don't say what they are of; {AGAIN}")
         if rows.empty or set(rows["experiment"]) != {self.experiment}:
             found = "it holds no rows" if rows.empty else f"not the rows of {self.experiment}"
             raise UserError(f"{self.rows}: {found}; run python -m src.run experiment={self.experiment} with force=true")
@@ -72,46 +74,38 @@ class Source:
         Raises: UserError when the file is missing, damaged, not as the run left it, or of another experiment.
         """
         try:
-            verdicts = [Verdict.of(entry) for entry in json.loads(self.verdicts.read_bytes())]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            verdicts = TypeAdapter(list[Verdict]).validate_json(self.verdicts.read_bytes())
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.verdicts}: missing or damaged; {AGAIN}") from error
         if {verdict.claim.partition("/")[0] for verdict in verdicts} != {self.experiment}:
             raise UserError(f"{self.verdicts}: not the verdicts of {self.experiment}; {AGAIN}")
         self._refuse_changed(self.verdicts, FILES[1])
         return verdicts
 
-    def told(self) -> dict[str, Any] | None:
-        """Its provenance; None where there is none.
+    def told(self) -> dict[str, Any]:
+        """Its provenance.
 
-        Raises: UserError when the file is damaged.
+        Raises: UserError when the file is missing or damaged.
         """
         try:
-            told = json.loads(self.provenance.read_bytes())
-        except FileNotFoundError:
-            return None
+            return TypeAdapter(dict[str, Any]).validate_json(self.provenance.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.provenance}: damaged; {AGAIN}") from error
-        if not isinstance(told, dict):
-            raise UserError(f"{self.provenance}: damaged; {AGAIN}")
-        return told
+            raise UserError(f"{self.provenance}: missing or damaged; {AGAIN}") from error
 
     def settings(self, rows: pd.DataFrame) -> Any:
-        """What decided its numbers; of committed rows today's config, if its hash names their run. None where that isn't known.
+        """What decided its numbers; of committed rows today's config. None where there is none whose hash names their run.
 
-        Raises: UserError when its own config is damaged.
+        Raises: UserError when its own config is damaged or another experiment's.
         """
-        if self.config is not None:
-            try:
-                return decisive(from_plain(OmegaConf.to_container(OmegaConf.load(self.config))))
-            except FileNotFoundError:
-                return None
-            except (OSError, ValueError, YAMLError) as error:
-                raise UserError(f"{self.config}: damaged; {AGAIN}") from error
         try:
-            config = todays_config(rows)
-        except UserError:
+            config = todays_config(rows) if self.config is None else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
+        except (UserError, FileNotFoundError):
             return None
-        return decisive(config) if run_hash(config) == rows["run"].iloc[0] else None
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(f"{self.config}: damaged; {AGAIN}") from error
+        if config.claim.name != self.experiment:
+            raise UserError(f"{self.config}: the config of {config.claim.name}, not of {self.experiment}; {AGAIN}")
+        return decisive(config) if rows["run"].iloc[0].startswith(run_hash(config)) else None
 
     @property
     def files(self) -> list[Path]:
@@ -120,7 +114,10 @@ class Source:
 
     def _refuse_changed(self, file: Path, name: str) -> None:
         """Refuse a file that is not as the run left it, by the sha256 in the provenance."""
-        if (self.told() or {}).get("sha256", {}).get(name, left := sha256(file)) != left:
+        digests = self.told().get("sha256", {})
+        if not isinstance(digests, dict):
+            raise UserError(f"{self.provenance}: damaged; {AGAIN}")
+        if digests.get(name, left := sha256(file)) != left:
             raise UserError(f"{file}: not as the run left it, by {self.provenance}; {AGAIN}")
 
 
@@ -175,7 +172,7 @@ def lacking(*files: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-        told = f"{files[0]} and {len(files) - 1} more" if files[1:] else str(files[0])
+        told = f"{files[0]} or one of {len(files) - 1} more" if files[1:] else str(files[0])
         raise UserError(f"{told}: partial, it lacks what is shown ({type(error).__name__}: {error})") from error
 
 

@@ -21,6 +21,8 @@ NAMES = {
     "severity": "mean λ",
     "accuracy": "test accuracy",
 }
+# in LaTeX, with widths in cm
+PRINTED: dict[str, float | None] = {heading: 2.0 if heading == "kind" else 1.3 for heading in NAMES.values()}
 # readings are greater where less is locked: these are told as what they are
 NEGATIVE = ["conditioning", "skip_depth", "gradient_ratio", "severity"]
 
@@ -32,7 +34,7 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     if not mixed:
         require_one([rows], str(source.rows))
     with lacking(source.rows):
-        return Product(tabular(table(rows)), [(source, rows)])
+        return Product(tabular(table(rows), PRINTED), [(source, rows)])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:

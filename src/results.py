@@ -222,8 +222,8 @@ class RunFolder:
 def read_status(folder: Path) -> str | None:
     """The status of a run folder; None where there is none that can be read."""
     try:
-        return json.loads((folder / "status.json").read_bytes())["status"]
-    except (OSError, ValueError):
+        return str(json.loads((folder / "status.json").read_bytes())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

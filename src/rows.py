@@ -57,7 +57,10 @@ def read(path: Path) -> pd.DataFrame:
     if missing:
         raise UserError(f"{path}: no table of rows, it lacks the columns {', '.join(sorted(missing))}")
     rows = table.to_pandas()
-    rows.attrs["quantities"] = json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
+    try:
+        rows.attrs["quantities"] = json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, its quantities are not described; run the experiment again with force=true") from error
     return rows
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ PAUSE = 0.1  # seconds between two looks at the runs
 # a server imports what runs import, once, and each run is a copy of it; libraries of other systems break in copies
 PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
 PROCESSES.set_forkserver_preload(["src.sweep.imports"])
+ORPHANED = 255  # what multiprocessing says of a process whose server is gone, be it alive or not
 # by the exit code of python -m src.run
 ENDS: dict[int, Outcome] = {0: "done", 1: "failed", 2: "refused", 130: "stopped"}
 
@@ -36,7 +38,7 @@ class Job:
     Attributes:
         sweep: the sweep's folder.
         runs: their ids.
-        at_once: how many are worked on at the same time; None: one a CPU.
+        at_once: how many are worked on at the same time; None: as many as there are CPUs for their threads.
         code: what they are runs of.
     """
 
@@ -52,7 +54,7 @@ class Job:
         # the server that runs are copies of starts with it
         os.environ |= _environment(self.code)
         waiting = deque(run for run in map(sweep.by_id.__getitem__, self.runs) if not sweep.done(run))
-        slots: list[Process | None] = [None] * (self.at_once or _cpus())
+        slots: list[Process | None] = [None] * (self.at_once or _at_once())
         # whoever started this process may be gone before it gets here
         parent = int(os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.getppid())
         try:
@@ -83,13 +85,20 @@ class Process:
         self.log = sweep.log(run)
         self.attempt: Attempt = sweep.begin(run, JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
         self.process = PROCESSES.Process(target=begin, args=(sweep.path, run.id, code.fingerprint, gpu))
-        self.process.start()
+        try:
+            self.process.start()
+        except (EOFError, OSError):  # the server was killed; there is another then
+            self.process.start()
 
     def ended(self) -> bool:
         """Whether it has ended; then how is recorded."""
         code = self.process.exitcode
         if code is None:
             return False
+        if code == ORPHANED:
+            assert self.process.pid
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
         self.attempt.end(ENDS.get(code, "killed"), self._reason(code))
         return True
 
@@ -103,6 +112,8 @@ class Process:
         """Why it ended: the signal that killed it, or the error that it told last; "" when it ended well."""
         if code == 0:
             return ""
+        if code == ORPHANED:
+            return "the server that it was a copy of was killed"
         if code < 0:
             known = -code in set(signal.Signals)
             return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
@@ -122,6 +133,11 @@ def _gpu(slot: int) -> dict[str, str]:
     """What a run in a slot sees of several GPUs: its own."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+
+
+def _at_once() -> int:
+    """As many runs as there are CPUs for their threads."""
+    return max(1, _cpus() // int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
 def _cpus() -> int:

@@ -17,6 +17,8 @@ from src import rows as row_table
 from src.experiment import stamp_of
 from tests.experiments.measured import experiment, small_context, small_rows, verdicts
 
+PROVENANCE = {"wall_time_s": 1.0, "training_seconds": {}, "device": "a CPU", "versions": {"torch": "0.0"}}
+
 
 @cache
 def parquet(name: str, run: str = "a-run", fallback: bool = False, **stamp: object) -> bytes:
@@ -35,6 +37,7 @@ def finished_run(results: Path, name: str, run: str = "a-run", data: str = "digi
     (folder / "rows.parquet").write_bytes(parquet(name, run, fallback, data=data, **({} if fallback else {"data_requested": data})))
     (folder / "verdicts.json").write_text(json.dumps([asdict(verdict) for verdict in verdicts(name, small_rows(name)).values()]))
     (folder / "status.json").write_text('{"status": "done"}', encoding="utf-8")
+    (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
     return folder / "rows.parquet"
 
 

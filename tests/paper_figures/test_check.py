@@ -84,6 +84,7 @@ def shelf(tmp_path: Path) -> Shelf:
     shelf.reference.mkdir()
     shutil.copy(run / "rows.parquet", shelf.reference / f"{NAME}.parquet")
     shutil.copy(run / "verdicts.json", shelf.reference / f"{NAME}.json")
+    shutil.copy(run / "provenance.json", shelf.reference / f"{NAME}.provenance.json")
     return shelf
 
 

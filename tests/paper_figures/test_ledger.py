@@ -59,6 +59,7 @@ def test_a_run_on_another_data_set_has_lines_of_its_own_and_a_newer_one_replaces
 def test_committed_verdicts_stand_in(results: Path, tmp_path: Path) -> None:
     run = finished_run(results, NAME).parent
     (tmp_path / f"{NAME}.json").write_bytes((run / "verdicts.json").read_bytes())
+    (tmp_path / f"{NAME}.provenance.json").write_text("{}")
     (tmp_path / f"{NAME}.parquet").write_bytes(parquet(NAME))
     lines = ledger(tmp_path / "nothing", tmp_path)
     assert (lines["verdict"] != "not measured").sum() == len(config(NAME).criteria)

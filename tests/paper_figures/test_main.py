@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from paper_figures import __main__ as command
 from paper_figures import drawing, products
@@ -18,9 +19,9 @@ from paper_figures.products import FIGURES
 from paper_figures.sources import AGAIN, HERE, Shelf, mixture
 from paper_figures.style import panels
 from src import code
-from src.results import hash_of
-from tests.experiments.measured import NAMES
-from tests.paper_figures.drawn import finished_run, parquet
+from src.results import hash_of, to_plain
+from tests.experiments.measured import NAMES, config
+from tests.paper_figures.drawn import PROVENANCE, finished_run, parquet
 
 KINDS = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG", "tex": rb"\begin{tabular}", "md": b"|", "csv": b"", "json": b"{"}
 
@@ -192,6 +193,7 @@ def test_the_newest_finished_run_is_drawn(run: Commands) -> None:
 def test_committed_rows_are_drawn_where_there_is_no_run(run: Commands) -> None:
     reference = run.reference / f"{NAMES[0]}.parquet"
     reference.write_bytes(parquet(NAMES[0]))
+    reference.with_suffix(".provenance.json").write_text("{}")
     answer = run(NAMES[0])
     assert answer.code == 0
     assert str(reference) in answer.out
@@ -254,7 +256,7 @@ def test_rows_and_verdicts_that_are_not_as_the_run_left_them_are_told_once(run: 
     source = finished_run(run.results, NAMES[0])
     verdicts, provenance = source.with_name("verdicts.json"), source.with_name("provenance.json")
     files = {file: file.read_bytes() for file in (source, verdicts)}
-    left = {"sha256": {file.name: hashlib.sha256(content).hexdigest() for file, content in files.items()}}
+    left = {**PROVENANCE, "sha256": {file.name: hashlib.sha256(content).hexdigest() for file, content in files.items()}}
     provenance.write_text(json.dumps(left))
     assert run(NAMES[0], "ledger").code == 0
     pd.read_parquet(source).iloc[::2].to_parquet(source)
@@ -280,10 +282,13 @@ def test_rows_of_another_run_than_their_folder_s_are_refused(run: Commands, colu
     ("file", "content", "told"),
     [
         ("verdicts.json", "[]", f"not the verdicts of {NAMES[0]}"),
+        ("verdicts.json", "null", "damaged"),
         ("status.json", "{", "damaged"),
+        ("status.json", "[]", "damaged"),
         ("config.yaml", "{", "damaged"),
-        ("provenance.json", '{"wall_time_s": 1.0}', "partial, it lacks what is shown (KeyError: 'device')"),
+        ("provenance.json", '{"wall_time_s": 1.0}', "partial, it lacks what is shown (KeyError: 'training_seconds')"),
         ("provenance.json", "[]", "damaged"),
+        ("provenance.json", '{"sha256": null}', "damaged"),
     ],
 )
 def test_whatever_file_of_a_run_is_damaged_is_told(run: Commands, file: str, content: str, told: str) -> None:
@@ -295,6 +300,18 @@ def test_whatever_file_of_a_run_is_damaged_is_told(run: Commands, file: str, con
     assert str(folder) in answer.errors[0]
     assert told in answer.errors[0]
     assert (run.out / f"{NAMES[1]}.svg").exists()
+
+
+def test_a_run_without_its_provenance_or_with_another_s_config_is_told(run: Commands) -> None:
+    folder = finished_run(run.results, NAMES[0]).parent
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_plain(config(NAMES[1]))))
+    answer = run(NAMES[0])
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert f"{folder / 'config.yaml'}: the config of {NAMES[1]}, not of {NAMES[0]}" in answer.errors[0]
+    (folder / "provenance.json").unlink()
+    answer = run(NAMES[0], "ledger")
+    assert (answer.code, len(answer.errors)) == (1, 1)
+    assert f"{folder / 'provenance.json'}: missing or damaged" in answer.errors[0]
 
 
 def test_reference_rows_that_are_gone_though_their_verdicts_are_there_are_told(run: Commands) -> None:
@@ -330,9 +347,8 @@ def test_the_sidecar_tells_rows_config_code_and_command(run: Commands) -> None:
     assert told["command"].startswith(f"python -m paper_figures {NAMES[0]} --results ")
     assert told["code"] == code.commit()
     (rows,) = told["rows"]
-    assert rows["files"] == {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in (source, source.with_name("verdicts.json"))
-    }
+    files = (source, *map(source.with_name, ("verdicts.json", "provenance.json")))
+    assert rows["files"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert (rows["runs"][0]["run"], rows["runs"][0]["commit"], rows["config"]) == ("a-run", "0" * 40, None)
     for name, digest in told["files"].items():
         assert hashlib.sha256((run.out / name).read_bytes()).hexdigest() == digest

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,18 @@ def begin(path: Path, run: str, submitted: str, environment: dict[str, str]) -> 
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(how))
+
+
+@dataclass
+class Orphan:
+    """A process that lives, as multiprocessing tells of it when its server was killed."""
+
+    process: BaseProcess
+    exitcode: int = module.ORPHANED
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
 
 
 @pytest.fixture
@@ -67,6 +80,17 @@ def test_how_a_run_ends_is_recorded(sweep: Sweep, job: Job, how: str, told: str,
     for (attempt,) in attempts.values():
         assert (attempt.job, attempt.restart, attempt.outcome) == ("7", 0, outcome)
         assert attempt.told()["reason"] == reason
+
+
+def test_a_run_whose_server_was_killed_is_ended_and_told(sweep: Sweep, job: Job) -> None:
+    process = Process(sweep, sweep.runs[0], CODE, {})
+    child = process.process
+    process.process = Orphan(child)  # type: ignore[assignment]
+    assert process.ended()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (attempt,) = sweep.attempts()[sweep.runs[0].id]
+    assert (attempt.outcome, attempt.told()["reason"]) == ("killed", "the server that it was a copy of was killed")
 
 
 def test_finished_runs_are_not_begun(sweep: Sweep, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +157,10 @@ def test_a_run_imports_the_submitted_code_and_takes_one_thread(monkeypatch: pyte
     environment = module._environment(CODE)
     assert environment["PYTHONPATH"] == f"/code{os.pathsep}/elsewhere"
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [("", 8), ("1", 8), ("3", 2), ("16", 1)])
+def test_runs_of_several_threads_share_the_cpus(monkeypatch: pytest.MonkeyPatch, threads: str, at_once: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(module, "_cpus", lambda: 8)
+    assert module._at_once() == at_once
