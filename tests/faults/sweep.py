@@ -62,6 +62,8 @@ def kill(user: User, launcher: subprocess.Popen[str], chance: random.Random, kil
     """Kill a random process of a random kind; count it."""
     processes = {"launcher": [launcher.pid] if launcher.poll() is None else [], **children(user.tree)}
     kind, pids = chance.choice([entry for entry in processes.items() if entry[1]] or [("launcher", [])])
+    if processes.get("run") and chance.random() < 0.5:  # they live shortly, and would be hit seldom
+        kind, pids = "run", processes["run"]
     if pids:
         with suppress(ProcessLookupError):
             os.kill(chance.choice(pids), signal.SIGKILL)
