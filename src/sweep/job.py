@@ -137,7 +137,8 @@ def _gpu(slot: int) -> dict[str, str]:
 
 def _at_once() -> int:
     """As many runs as there are CPUs for their threads."""
-    return max(1, _cpus() // int(os.environ.get("OMP_NUM_THREADS") or 1))
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number a level
+    return max(1, _cpus() // int(outermost or 1))
 
 
 def _cpus() -> int:
