@@ -147,6 +147,11 @@ class Sweep:
         """What a run printed."""
         return self.path / "logs" / f"{run.id}.txt"
 
+    def job_log(self, job: str) -> Path | None:
+        """What a job itself printed, where it printed anything: submitit's files, the errors first."""
+        files = [file for kind in ("err", "out") for file in sorted((self.path / "jobs").glob(f"{job}_*_log.{kind}"))]
+        return next((file for file in files if file.stat().st_size), None)
+
     def begin(self, run: Run, job: str, restart: int) -> Attempt:
         """Record that a job begins a run."""
         file = self.path / "attempts" / f"{run.id}.{job}.{restart}.open"

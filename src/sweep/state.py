@@ -91,13 +91,17 @@ def report(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], 
 def mishaps(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], histories: Mapping[str, list[str]]) -> list[str]:
     """A line for every run that something befell: its state, and what befell it at each try."""
     attempts, lines = sweep.attempts(), []
+    jobs = {run: job for submission in sweep.submissions() for job, runs in submission.jobs.items() for run in runs}
     for run in sweep.runs:
         tries = attempts.get(run.id, [])
         told = [_befell(attempt, alive, histories.get(attempt.job, [])) for attempt in tries if attempt.outcome != "done"]
+        log: Path | None = sweep.log(run)
         if not tries and states[run.id] == "lost":
-            told = ["its job was gone before it began"]
+            job = jobs[run.id]
+            told = [f"its job {job} was gone before it began{_says(histories.get(job, [])[-1:])}"]
+            log = sweep.job_log(job)
         if told := [word for word in told if word]:
-            lines.append(f"{describe(sweep, run)}: {states[run.id]}; {'; '.join(told)}" + (f"; see {sweep.log(run)}" if tries else ""))
+            lines.append(f"{describe(sweep, run)}: {states[run.id]}; {'; '.join(told)}" + (f"; see {log}" if log else ""))
     return lines
 
 
@@ -114,13 +118,16 @@ def _befell(attempt: Attempt, alive: Mapping[str, str], history: Sequence[str]) 
     reason = told.get("reason", "no reason could be written")
     if attempt.outcome in ("failed", "refused"):
         return f"{attempt.outcome} in {place}: {reason}"
-    # the job's own end tells why the run was killed, unless it ended well
-    ended = history[attempt.restart] if attempt.restart < len(history) else ""
-    says = f" (SLURM: {ended})" if ended and ended not in ("COMPLETED", "RUNNING", "PENDING") else ""
+    says = _says(history[attempt.restart : attempt.restart + 1])
     if attempt.outcome != "open":
         return f"{attempt.outcome} in {place}: {reason}{says}"
     under_way = alive.get(attempt.job) == "RUNNING" and attempt.restart >= len(history) - 1
     return "" if under_way else f"gone with {place}{says}"
+
+
+def _says(ended: Sequence[str]) -> str:
+    """How SLURM says that a job ended, which tells why its run was killed; "" where it ended well or nothing is known."""
+    return f" (SLURM: {ended[0]})" if ended and ended[0] not in ("COMPLETED", "RUNNING", "PENDING") else ""
 
 
 def _full_disk(place: Path) -> list[str]:

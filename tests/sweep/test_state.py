@@ -88,7 +88,8 @@ def test_in_brief() -> None:
         ([(0, "open")], {}, ["NODE_FAIL"], ["gone with job 7_0 on HOST (SLURM: NODE_FAIL)"]),
         ([(0, "open")], {}, [], ["gone with job 7_0 on HOST"]),
         ([(0, "open"), (1, "open")], {JOB: "RUNNING"}, ["NODE_FAIL", "RUNNING"], ["gone with job 7_0 on HOST (SLURM: NODE_FAIL)"]),
-        ([], {}, [], ["its job was gone before it began"]),
+        ([], {}, [], ["its job 7_0 was gone before it began"]),
+        ([], {}, ["CANCELLED by 0"], ["its job 7_0 was gone before it began (SLURM: CANCELLED by 0)"]),
     ],
 )
 def test_what_befell_a_run(
@@ -101,6 +102,18 @@ def test_what_befell_a_run(
     assert len(lines) == len(told)
     for line, words in zip(lines, told, strict=True):
         assert line.startswith(f"tiny digits smoke seed 0 ({sweep.runs[0].id}): lost; {words.replace('HOST', host)}")
+
+
+@pytest.mark.parametrize(
+    ("files", "seen"), [({}, ""), ({"err": ""}, ""), ({"err": "", "out": "x"}, "out"), ({"err": "ModuleNotFoundError", "out": "x"}, "err")]
+)
+def test_a_job_that_died_before_its_runs_names_what_it_printed(sweep: Sweep, files: dict[str, str], seen: str) -> None:
+    submitted(sweep)
+    (sweep.path / "jobs").mkdir()
+    for kind, printed in files.items():
+        (sweep.path / f"jobs/{JOB}_0_log.{kind}").write_text(printed)
+    (line,) = mishaps(sweep, look(sweep, {}, set()), {}, {})
+    assert line.partition("; see ")[2] == (f"{sweep.path}/jobs/{JOB}_0_log.{seen}" if seen else "")
 
 
 def text(sweep: Sweep) -> str:
