@@ -1,9 +1,8 @@
 """A local sweep under random SIGKILLs: `python -m tests.faults.sweep [--kills N] [--runs N] [--seed N]`.
 
 At random times a random process of the sweep dies: the launcher, the job's controller, the job, the server that its runs are copies of,
-or a run. A launcher that died
-or that tells of missing runs is resumed from a new process. In the end every run's rows must be there once, and equal those of a run that
-nothing befell. Two hundred kills take half an hour or less; exit code 1 tells that rows differ.
+or a run. A launcher that died or that tells of missing runs is resumed from a new process. In the end every run's rows must be there once,
+and equal those of a run that nothing befell. Two hundred kills take half an hour or less; exit code 1 tells that rows differ.
 """
 
 import argparse
