@@ -16,6 +16,7 @@ from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
 FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
+AGAIN = 3  # the same from a start that is nearly a singular vector
 TOLERANCE = 1e-7  # of σ₁, relative
 REFINED = 1e-6  # the same, where single precision finds the vector
 # of a random start that is so unlucky that σ₁ lies above the upper side of its estimate, and by how much that may exceed it
@@ -133,7 +134,7 @@ def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REF
     found = Largest(theta, v, residual, rough.gap.to(v), rough.smallest + rounding, rough.steps)
     if (found.error <= tolerance * theta).all():
         return found
-    more = largest(push, pull, v, tolerance)
+    more = largest(push, pull, v, tolerance, AGAIN)
     return replace(more, steps=rough.steps + more.steps)
 
 
@@ -148,8 +149,8 @@ def joined(parts: Sequence[Largest]) -> Largest:
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
     """Vectors of length 1 and their lengths; zero for those no longer than `nothing`."""
     length = torch.linalg.vector_norm(vectors, dim=1)
-    length = torch.where(length <= nothing, 0, length)  # NaN stays
-    return vectors * torch.where(length > 0, 1 / length, 0)[:, None], length
+    void = length <= nothing  # NaN is not
+    return vectors * length.reciprocal().masked_fill_(void, 0).unsqueeze(1), length.masked_fill_(void, 0)
 
 
 def _look(

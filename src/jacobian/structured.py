@@ -221,16 +221,11 @@ def _extremes(
     alive, rank = active.all(1), active.sum(1)
     damped = ~alive & (rank > 0)
     if damped.any():
-        found = _active(L, s[damped])
+        found = _active(L, s[damped], start[damped])
         if found is None:
             return None
-        rows, slopes, M = found
-        counted = start[damped].gather(1, rows) * (slopes < torch.inf)
-        of_active = _least(M, slopes.unsqueeze(1), counted.unsqueeze(1), rough=True)
-        least, beyond = (side.masked_scatter(damped, part) for side, part in zip((least, beyond), of_active, strict=True))
-    # a Gram matrix knows σ² to ε·σ₁²
-    floor = torch.where(alive, rounding, eps**0.5 * norm)
-    if not (least > floor)[rank > 0].all():
+        least, beyond = (side.masked_scatter(damped, part) for side, part in zip((least, beyond), found, strict=True))
+    if not (least > rounding)[rank > 0].all():
         return None
     lower, upper = (beyond - rounding).clamp(min=0), least + rounding
     mean_square = (s.square() @ L.square().sum(1)) / len(L)
@@ -263,30 +258,33 @@ def _norm(L: Float[Tensor, "s m m"], s: Float[Tensor, "s n m"], start: Float[Ten
 
 
 def _least(
-    M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"], rough: bool = False
+    M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"], start: Float[Tensor, "s n m"]
 ) -> tuple[Float[Tensor, "s n"], Float[Tensor, "s n"]]:
     """σ_min of diag(s) M⁻¹: 1/θ above it, θ the largest Ritz value of the inverse M diag(1/s), and 1/‖M diag(1/s)‖_F below.
 
     Args:
-        M: inverses.
-        slopes: s; inf where a coordinate does not count.
-        start: random directions to start from; 0 where a coordinate does not count.
-        rough: θ to 1e-4, in single precision first where the inverses are in its range, instead of to 1e-7.
+        M: inverses; single precision comes first where they are in its range.
+        slopes: s.
+        start: random directions to start from.
     """
-
-    def products(M: Tensor, slopes: Tensor) -> tuple[Product, Product]:
-        transposed = M.mT if slopes.shape[1] == 1 else M.mT.contiguous()
-        return _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
-
-    frobenius = (slopes.square().reciprocal() @ M.square().sum(1).unsqueeze(2)).squeeze(2).sqrt()
-    directions = start.flatten(0, 1)
-    if not rough:
-        found = largest(*products(M, slopes), directions)
-    elif frobenius.max() > IN_SINGLE or M.dtype == torch.float32:
-        found = largest(*products(M, slopes), directions, ROUGH)
+    frobenius, directions = _frobenius(M, slopes), start.flatten(0, 1)
+    if M.dtype == torch.float32 or frobenius.max() > IN_SINGLE:
+        found = largest(*_inverses(M, slopes), directions)
     else:
-        found = refined(*products(M, slopes), largest(*products(M.float(), slopes.float()), directions.float(), ROUGH), ROUGH)
+        rough = largest(*_inverses(M.float(), slopes.float()), directions.float(), REFINED)
+        found = refined(*_inverses(M, slopes), rough)
     return 1 / found.value.reshape(frobenius.shape), 1 / frobenius
+
+
+def _inverses(M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"]) -> tuple[Product, Product]:
+    """Products with M diag(1/s) and its transpose."""
+    transposed = M.mT if slopes.shape[1] == 1 else M.mT.contiguous()
+    return _stacked(lambda v: (v / slopes) @ transposed, slopes), _stacked(lambda u: (u @ M) / slopes, slopes)
+
+
+def _frobenius(M: Float[Tensor, "s m m"], slopes: Float[Tensor, "s n m"]) -> Float[Tensor, "s n"]:
+    """‖M diag(1/s)‖_F."""
+    return (slopes.square().reciprocal() @ M.square().sum(1).unsqueeze(2)).squeeze(2).sqrt()
 
 
 def _stacked(product: Product, like: Float[Tensor, "s n m"]) -> Product:
@@ -295,21 +293,50 @@ def _stacked(product: Product, like: Float[Tensor, "s n m"]) -> Product:
 
 
 def _active(
-    L: Float[Tensor, "m m"], s: Float[Tensor, "n m"]
-) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, "n k k"]] | None:
-    """Of every sample the rows with s ≠ 0, k at most: their places, their slopes, and C⁻¹, CCᵀ the Gram matrix of those rows of L.
+    L: Float[Tensor, "m m"], s: Float[Tensor, "n m"], start: Float[Tensor, "n m"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None:
+    """σ_r of diag(s) L over the r rows with s ≠ 0 of every sample, in single precision where that is enough.
 
-    Returns: slopes are inf in the places that are left over; None where a Gram matrix is not definite.
+    Args:
+        L: of W = LQ.
+        s: slopes, some of each sample not 0.
+        start: random directions.
+
+    Returns: σ_r from above, to 1e-4, and from below; None where the rows may depend on each other.
+    """
+    for dtype in dict.fromkeys([torch.float32, s.dtype]):
+        least, beyond = _of_rows(L, s, start, dtype)
+        if ((least > 0) & (beyond > 0)).all():
+            return least, beyond
+    return None
+
+
+def _of_rows(
+    L: Float[Tensor, "m m"], s: Float[Tensor, "n m"], start: Float[Tensor, "n m"], dtype: torch.dtype
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The same by the Cholesky factor C of the Gram matrix of those rows of L, in one precision.
+
+    Above σ_r is ‖yᵀ diag(s) L‖, y the unit vector for which ‖C⁻¹ diag(1/s) y‖ is largest; below 1/‖C⁻¹ diag(1/s)‖_F, less the share that
+    C is wrong by: k·ε‖H⁻¹‖ in every σ², H the Gram matrix of the rows scaled to length 1 (Demmel & Veselić 1992, "Jacobi's method is more
+    accurate than QR", theorem 2.3).
+
+    Returns: NaN above or 0 below where this precision can't tell.
     """
     active = s != 0
     rows = active.byte().argsort(dim=1, descending=True, stable=True)[:, : int(active.sum(1).max())]
-    kept = active.gather(1, rows)
-    grams = (L @ L.T)[rows.unsqueeze(2), rows.unsqueeze(1)]
-    apart = torch.eye(rows.shape[1], dtype=L.dtype, device=L.device)
-    C, failed = torch.linalg.cholesky_ex(torch.where(kept.unsqueeze(2) & kept.unsqueeze(1), grams, apart))
-    if failed.any():
-        return None
-    return rows, torch.where(kept, s.gather(1, rows), torch.inf), torch.linalg.solve_triangular(C, apart.expand_as(C), upper=False)
+    kept, k = active.gather(1, rows), rows.shape[1]
+    gram, apart = L @ L.T, torch.eye(k, dtype=dtype, device=L.device)
+    grams = gram.to(dtype)[rows.unsqueeze(2), rows.unsqueeze(1)]
+    C, _ = torch.linalg.cholesky_ex(torch.where(kept.unsqueeze(2) & kept.unsqueeze(1), grams, apart))
+    M = torch.linalg.solve_triangular(C, apart.expand_as(C), upper=False)
+    lengths = torch.where(kept, gram.diagonal().sqrt()[rows], 0).to(dtype)
+    slopes = torch.where(kept, s.gather(1, rows), torch.inf).to(dtype).unsqueeze(1)
+    wrong = k * torch.finfo(dtype).eps * (M.square().sum(1) * lengths.square()).sum(1)
+    found = largest(*_inverses(M, slopes), (start.gather(1, rows) * kept).to(dtype), ROUGH)
+    y = torch.zeros_like(s).scatter(1, rows, found.vector.to(s) * kept)
+    # what is wrong with y counts by its square
+    beyond = torch.where(wrong <= ROUGH**0.5, (1 - wrong) / _frobenius(M, slopes).squeeze(1), 0)
+    return ((s * y) @ L).norm(dim=1) / y.norm(dim=1), beyond.to(s)
 
 
 def stacked_products(weights: Sequence[Float[Tensor, "_ d"]], slopes: Sequence[Float[Tensor, "n _"]]) -> tuple[Product, Product]:

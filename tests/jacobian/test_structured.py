@@ -137,6 +137,21 @@ def test_the_active_subspace_of_weights_of_any_size(scale):
     assert ((found.active.lo <= truth) & (truth <= found.active.hi)).all()
 
 
+@pytest.mark.parametrize(("apart", "told"), [(1e-2, True), (1e-4, True), (1e-6, False)])
+def test_the_active_subspace_of_rows_that_are_nearly_the_same(apart, told):
+    """Single precision, which can't tell them apart, is not believed; nor is double, where their Gram matrix has lost it."""
+    W = normal(8, 8).double()
+    W[1] = W[0] + apart * normal(8, seed=1).double()
+    J = replace(dense(matrix_stage(W), normal(3, 8).double()), slopes=torch.tensor([[1.0] * 7 + [0]]).double().expand(3, 8))
+    [found] = extremes([J], normal(1, 3, 8, seed=2).double())
+    assert (found is not None) == told
+    if not told:
+        return
+    truth = torch.linalg.svdvals(J.jacobians())[:, 6]
+    torch.testing.assert_close(found.active.value, truth, rtol=ROUGH, atol=0)
+    assert ((found.active.lo <= truth) & (truth <= found.active.hi) & (found.active.lo > truth / 8)).all()
+
+
 def test_the_products_of_several_stages_at_once():
     weights = [normal(m, 6, seed=m) for m in (4, 6, 9)]
     slopes = [normal(5, m, seed=2 * m) for m in (4, 6, 9)]
