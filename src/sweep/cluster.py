@@ -7,8 +7,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ def job_name(sweep: Sweep) -> str:
 
     The same runs in another folder are another sweep.
     """
-    return f"backlock-{sweep.name}-{hashlib.sha256(str(sweep.path).encode()).hexdigest()[:6]}"
+    return f"backlock-{sweep.name}-{hashlib.sha256(str(sweep.path.resolve()).encode()).hexdigest()[:6]}"
 
 
 def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[str, list[str]]:
@@ -67,7 +67,7 @@ def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[
     try:
         executor = submitit.AutoExecutor(sweep.path / "jobs", kind, **{f"{kind}_max_num_timeout": launcher.get("max_num_timeout", 0)})
         executor.update_parameters(name=job_name(sweep), **{key if key in BASE else f"{kind}_{key}": options[key] for key in options})
-        with executor.batch():
+        with _left_alone() if kind == "local" else nullcontext(), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
         raise UserError(f"{kind} refuses the jobs: {error}") from error
@@ -86,7 +86,7 @@ def alive(sweep: Sweep) -> dict[str, str]:
             job, _, state = line.partition("|")
             found[job] = state
     if any(submission.kind == "local" for submission in submissions):
-        found |= dict.fromkeys(_processes(f"submitit.local._local {sweep.path / 'jobs'}"), "RUNNING")
+        found |= dict.fromkeys(_processes("submitit.local._local", sweep), "RUNNING")
     return found
 
 
@@ -98,9 +98,19 @@ def histories(sweep: Sweep) -> dict[str, list[str]]:
     with suppress(UserError):
         since = ("--duplicates", "--allocations", "--starttime=now-30days")
         for line in _ask("sacct", *_ours(sweep), *since, "--noheader", "--parsable2", "--format=JobID,State").splitlines():
-            job, _, state = line.partition("|")
-            found.setdefault(job, []).append(state)
+            jobs, _, state = line.partition("|")
+            for job in _elements(jobs):
+                found.setdefault(job, []).append(state)
     return found
+
+
+def _elements(jobs: str) -> list[str]:
+    """The ids of the elements of an array that SLURM tells in one: 7_[1-3,5%2] are 7_1, 7_2, 7_3 and 7_5."""
+    told = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", jobs)
+    if told is None:
+        return [jobs]
+    ranges = [part.partition("-") for part in told[2].split(",")]
+    return [f"{told[1]}_{place}" for first, _, last in ranges for place in range(int(first), int(last or first) + 1)]
 
 
 def cancel(sweep: Sweep) -> None:
@@ -110,9 +120,9 @@ def cancel(sweep: Sweep) -> None:
         _ask("scancel", *_ours(sweep))
     if any(submission.kind == "local" for submission in submissions):
         # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
-        _kill(_processes(f"submitit.local._local {sweep.path / 'jobs'}"))
-        job, deadline = f"submitit.core._submit {sweep.path / 'jobs'}", time.monotonic() + ENDING
-        while (left := _processes(job)) and time.monotonic() < deadline:
+        _kill(_processes("submitit.local._local", sweep))
+        deadline = time.monotonic() + ENDING
+        while (left := _processes("submitit.core._submit", sweep)) and time.monotonic() < deadline:
             time.sleep(PAUSE)
         _kill(left)
 
@@ -121,10 +131,30 @@ def _ours(sweep: Sweep) -> tuple[str, str]:
     return f"--user={getpass.getuser()}", f"--name={job_name(sweep)}"
 
 
-def _processes(command: str) -> list[str]:
-    """The ids of this machine's processes whose command line ends so, be they recorded or not."""
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Start processes that a terminal's Ctrl-C does not reach, and that hold no pipe open which their starter writes into."""
+    standing = {stream: os.dup(stream) for stream in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit; here it is heard afterwards
+    try:
+        for stream in standing:
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, own in standing.items():
+            os.dup2(own, stream)
+            os.close(own)
+        os.close(nowhere)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _processes(module: str, sweep: Sweep) -> list[str]:
+    """The ids of this machine's processes that run a module for the jobs of a sweep, be they recorded or not, however its path is spelt."""
     told = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=False).stdout
-    return [line.split()[0] for line in told.splitlines() if line.endswith(f"-m {command}")]
+    asked = [line.strip().partition(f" -m {module} ") for line in told.splitlines()]
+    jobs = (sweep.path / "jobs").resolve()
+    return [command.split()[0] for command, found, folder in asked if found and Path(folder).resolve() == jobs]
 
 
 def _kill(processes: Sequence[str]) -> None:

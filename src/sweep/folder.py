@@ -147,10 +147,10 @@ class Sweep:
         """What a run printed."""
         return self.path / "logs" / f"{run.id}.txt"
 
-    def job_log(self, job: str) -> Path | None:
-        """What a job itself printed, where it printed anything: submitit's files, the errors first."""
-        files = [file for kind in ("err", "out") for file in sorted((self.path / "jobs").glob(f"{job}_*_log.{kind}"))]
-        return next((file for file in files if file.stat().st_size), None)
+    def job_logs(self) -> dict[str, Path]:
+        """What jobs themselves printed, of those that printed anything: submitit's files, errors before all else."""
+        files = [file for kind in ("out", "err") for file in sorted((self.path / "jobs").glob(f"*_log.{kind}")) if file.stat().st_size]
+        return {file.name.rsplit("_", 2)[0]: file for file in files}
 
     def begin(self, run: Run, job: str, restart: int) -> Attempt:
         """Record that a job begins a run."""
@@ -171,15 +171,27 @@ class Sweep:
             attempts.sort(key=lambda attempt: (order.get(attempt.job, len(order)), attempt.restart))
         return found
 
-    def submitted(self, submission: Submission) -> None:
-        """Record a submission."""
+    def submitted(self, submission: Submission) -> Path:
+        """Record a submission; return its file."""
         place = self.path / "submissions"
-        write_atomically(place / f"{len(list(place.glob('*.json'))):04}.json", json.dumps(asdict(submission)))
+        last = max((int(file.stem) for file in place.glob("*.json")), default=-1)
+        file = place / f"{last + 1:04}.json"
+        write_atomically(file, json.dumps(asdict(submission)))
+        return file
 
     def submissions(self) -> list[Submission]:
-        """All submissions, oldest first."""
-        told = [json.loads(file.read_bytes()) for file in sorted((self.path / "submissions").glob("*.json"))]
-        return [Submission(entry["kind"], entry["jobs"], Code(**entry["code"])) for entry in told]
+        """All submissions, oldest first.
+
+        Raises: UserError when one is damaged.
+        """
+        found = []
+        for file in sorted((self.path / "submissions").glob("*.json")):
+            try:
+                told = json.loads(file.read_bytes())
+                found.append(Submission(told["kind"], told["jobs"], Code(**told["code"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}: damaged; end the jobs that it told of, if any go on, and remove it") from error
+        return found
 
     def _config(self, plain: dict[str, Any]) -> Config:
         try:
@@ -191,8 +203,8 @@ class Sweep:
 
 def called(path: Path) -> str:
     """What `python -m src.sweep` is given to find the sweep of a folder from here: its name, or the folder."""
-    here = Path("results/.sweep").absolute() / path.name
-    return path.name if here == path.absolute() else shlex.quote(str(path.absolute()))
+    here = Path("results/.sweep") / path.name
+    return path.name if here.resolve() == path.resolve() else shlex.quote(str(path.absolute()))
 
 
 def find(name: str) -> Sweep:

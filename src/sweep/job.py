@@ -137,8 +137,9 @@ def _gpu(slot: int) -> dict[str, str]:
 
 def _at_once() -> int:
     """As many runs as there are CPUs for their threads."""
-    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number a level
-    return max(1, _cpus() // int(outermost or 1))
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a number a level
+    threads = int(outermost) if outermost.isdecimal() else 1  # what it doesn't understand it passes over
+    return max(1, _cpus() // max(1, threads))
 
 
 def _cpus() -> int:

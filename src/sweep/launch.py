@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from src.sweep.state import State, in_brief, look, report
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 20.0  # seconds between two looks: a twentieth of the time since the start, within these
 AGREED = 5.0  # seconds over which jobs must be gone: SLURM forgets one for a moment while it takes it from a dead node
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLED = 5  # finished runs whose time tells that of their like
 
 
@@ -44,7 +45,7 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
     kind = cluster.kind_of(planned.launcher)
     first = planned.configs[0]
     with _alone(Sweep.place(planned)) as path:
-        sweep = Sweep(path) if (path / "plan.json").exists() else Sweep.create(planned)
+        sweep = _opened(path) or Sweep.create(planned)
         done: set[str] = set()
         alive = cluster.alive(sweep)
         if not alive:  # the options of an earlier command line are those of its jobs
@@ -113,11 +114,25 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
     ids = [run.id for run in missing]
     jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
     # a launcher that is killed before it can note the jobs has noted where to look for them
-    sweep.submitted(Submission(kind, {}, recorded))
-    with _importing_from(recorded.root):
-        submitted = cluster.submit(sweep, jobs, planned.launcher)
+    noted = sweep.submitted(Submission(kind, {}, recorded))
+    try:
+        with _importing_from(recorded.root):
+            submitted = cluster.submit(sweep, jobs, planned.launcher)
+    except UserError:
+        if kind == "slurm":  # which takes all jobs or none
+            noted.unlink()
+        raise
     sweep.submitted(Submission(kind, submitted, recorded))
-    print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}; Ctrl-C cancels", flush=True)
+    told = "" if first.detach else "; Ctrl-C cancels"
+    print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}{told}", flush=True)
+
+
+def _opened(path: Path) -> Sweep | None:
+    """The sweep of a folder; None where there is none, or its plan is damaged: it is written anew."""
+    try:
+        return Sweep(path)
+    except UserError:
+        return None
 
 
 def _alive(sweep: Sweep) -> dict[str, str] | None:
@@ -161,23 +176,41 @@ def _alone(path: Path) -> Iterator[Path]:
     Raises: UserError when another is at it.
     """
     try:
-        with filelock.FileLock(path / ".lock", timeout=0), _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        with filelock.FileLock(path / ".lock", timeout=0), _interruptible():
             yield path
     except filelock.Timeout as error:
         raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {called(path)}") from error
 
 
 @contextmanager
-def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
+    """Let the first signal to end be heard as Ctrl-C, and no other after it: jobs are being cancelled."""
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        for signal_ in INTERRUPTING:
+            signal.signal(signal_, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in signals}
+    with _handling(interrupt):
+        yield
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no signal to end: jobs are being cancelled."""
+    with _handling(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    # what nohup or a script's background ignores stays so
+    before = {number: signal.signal(number, handler) for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -194,13 +227,3 @@ def _importing_from(root: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Hear no second Ctrl-C: the jobs are being cancelled."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

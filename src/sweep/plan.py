@@ -1,6 +1,7 @@
 """What a sweep is: a command line, and the runs that it stands for, each once."""
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,8 @@ def plan(arguments: Sequence[str]) -> Plan:
             runs.setdefault(made.id, made)
     if not runs:
         raise UserError("nothing to run: no experiment matches")
+    for key in ("results_dir", "cluster"):
+        require(len({repr(getattr(config, key)) for config in checked}) == 1, f"{key}: the same for all runs of a sweep")
     return Plan(list(arguments), checked, list(runs.values()), launcher)
 
 
@@ -112,4 +115,4 @@ def _compose(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
 
 def fetch_command(config: Config) -> str:
     """The command that fetches what a run reads: a job never does."""
-    return f"python -m src.data fetch {config.data.name} --root {data_root(config.data)}"
+    return f"python -m src.data fetch {config.data.name} --root {shlex.quote(str(data_root(config.data)))}"

@@ -30,13 +30,11 @@ def look(sweep: Sweep, alive: Mapping[str, str], done: set[str]) -> dict[str, St
     """
     done.update(run.id for run in sweep.runs if run.id not in done and sweep.done(run))
     jobs: dict[str, str] = {}
-    submitted: set[str] = set()
     for submission in sweep.submissions():
         for job, runs in submission.jobs.items():
-            submitted.update(runs)
             if job in alive:
                 jobs |= dict.fromkeys(runs, job)
-    attempts = sweep.attempts()
+    gone, attempts = _gone(sweep), sweep.attempts()
 
     def state(run: str) -> State:
         if run in done:
@@ -45,11 +43,19 @@ def look(sweep: Sweep, alive: Mapping[str, str], done: set[str]) -> dict[str, St
         # a launcher that was killed may not have noted whose job it is
         if job := jobs.get(run, tries[-1].job if tries and tries[-1].job in alive else None):
             return _under_way(job, alive[job], tries)
-        if tries:
-            return ENDED[tries[-1].outcome]
-        return "lost" if run in submitted else "missing"
+        if run in gone:
+            return "lost"
+        return ENDED[tries[-1].outcome] if tries else "missing"
 
     return {run.id: state(run.id) for run in sweep.runs}
+
+
+def _gone(sweep: Sweep) -> dict[str, str]:
+    """The runs that the job that they were given to last has not tried, and that job; but for those tried by one that was not noted."""
+    latest = {run: job for submission in sweep.submissions() for job, runs in submission.jobs.items() for run in runs}
+    noted = {job for submission in sweep.submissions() for job in submission.jobs}
+    tried = {run: {attempt.job for attempt in tries} for run, tries in sweep.attempts().items()}
+    return {run: job for run, job in latest.items() if job not in (jobs := tried.get(run, set())) and jobs <= noted}
 
 
 def _under_way(job: str, told: str, tries: Sequence[Attempt]) -> State:
@@ -90,16 +96,16 @@ def report(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], 
 
 def mishaps(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], histories: Mapping[str, list[str]]) -> list[str]:
     """A line for every run that something befell: its state, and what befell it at each try."""
-    attempts, lines = sweep.attempts(), []
-    jobs = {run: job for submission in sweep.submissions() for job, runs in submission.jobs.items() for run in runs}
+    attempts, gone, job_logs, lines = sweep.attempts(), _gone(sweep), sweep.job_logs(), []
     for run in sweep.runs:
         tries = attempts.get(run.id, [])
         told = [_befell(attempt, alive, histories.get(attempt.job, [])) for attempt in tries if attempt.outcome != "done"]
         log: Path | None = sweep.log(run)
-        if not tries and states[run.id] == "lost":
-            job = jobs[run.id]
-            told = [f"its job {job} was gone before it began{_says(histories.get(job, [])[-1:])}"]
-            log = sweep.job_log(job)
+        if states[run.id] == "lost" and (job := gone.get(run.id)):
+            told.append(f"its job {job} was gone before it began{_says(histories.get(job, [])[-1:])}")
+            log = job_logs.get(job)
+        elif states[run.id] == "lost" and tries and tries[-1].outcome == "done":
+            told.append("it was finished, and its folder is gone")
         if told := [word for word in told if word]:
             lines.append(f"{describe(sweep, run)}: {states[run.id]}; {'; '.join(told)}" + (f"; see {log}" if log else ""))
     return lines

@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,8 +47,9 @@ def begin(path: Path, run: str, submitted: str, environment: dict[str, str]) -> 
 def main(sweep: Sweep, run: str, submitted: str) -> int:
     """Check what was submitted, and run it; return the exit code of python -m src.run."""
     try:
-        require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
         config = checked(sweep, sweep.by_id[run])
+        _import(config.claim.name)
+        require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
     except UserError as error:
         return complain(str(error), 2)
     while True:
@@ -55,6 +58,13 @@ def main(sweep: Sweep, run: str, submitted: str) -> int:
         # another one that waited may have been the first
         if code != 2 or not RunFolder(config).owned:
             return code
+
+
+def _import(name: str) -> None:
+    """Import what the run of an experiment imports, before the code is looked at: what is changed later is not run."""
+    for module in (f"experiments.{name}", f"paper_figures.{name}"):
+        with suppress(Exception):  # the run will tell
+            import_module(module)
 
 
 def checked(sweep: Sweep, run: Run) -> Config:

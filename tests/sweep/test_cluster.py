@@ -55,6 +55,12 @@ def test_every_end_of_a_requeued_job_is_told(submitted: Sweep, answers: Path) ->
     assert cluster.histories(submitted) == {"7_0": ["NODE_FAIL", "COMPLETED"], "7_1": ["CANCELLED by 0"]}
 
 
+def test_the_elements_of_an_array_that_slurm_tells_in_one_are_told_apart(submitted: Sweep, answers: Path) -> None:
+    (answers / "sacct.txt").write_text("7_0|COMPLETED\n7_[1-3,5%2]|CANCELLED by 0\n8_[4]|CANCELLED by 0\n")
+    cancelled = {f"7_{place}": ["CANCELLED by 0"] for place in (1, 2, 3, 5)}
+    assert cluster.histories(submitted) == {"7_0": ["COMPLETED"], **cancelled, "8_4": ["CANCELLED by 0"]}
+
+
 def test_without_accounting_there_are_no_histories(submitted: Sweep, answers: Path) -> None:
     (answers / "sacct").write_text("#!/bin/sh\necho disabled >&2\nexit 1\n")
     assert cluster.histories(submitted) == {}
@@ -92,6 +98,13 @@ def test_options_that_a_cluster_does_not_know_are_told(sweep: Sweep) -> None:
     job = Job(sweep.path, [], 1, CODE)
     with pytest.raises(UserError, match="local refuses the jobs"):
         cluster.submit(sweep, [job], {"_target_": "x.LocalLauncher", "nodes": 2, "timeout_min": 1})
+
+
+def test_a_sweep_is_the_same_by_whatever_path(sweep: Sweep, tmp_path: Path, local: list[subprocess.Popen[bytes]]) -> None:
+    (tmp_path / "link").symlink_to(sweep.path.parent)
+    linked = Sweep(tmp_path / "link" / sweep.name)
+    assert cluster.job_name(linked) == cluster.job_name(sweep)
+    assert cluster.alive(linked) == cluster.alive(sweep) == {str(local[0].pid): "RUNNING"}
 
 
 def test_the_same_runs_elsewhere_are_another_sweep_s_jobs(sweep: Sweep, tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_where_none_is_the_user_is_told(sweep: Sweep) -> None:
             find(sweep.name)
 
 
+def test_a_submission_that_is_damaged_is_named_and_the_next_takes_the_place_of_none(sweep: Sweep) -> None:
+    files = [sweep.submitted(Submission("slurm", {str(job): []}, CODE)) for job in range(3)]
+    files[1].write_text("")
+    with pytest.raises(UserError, match=f"{files[1]}: damaged; end the jobs that it told of"):
+        sweep.submissions()
+    files[1].unlink()
+    sweep.submitted(Submission("slurm", {"3": []}, CODE))
+    assert [[*submission.jobs] for submission in sweep.submissions()] == [["0"], ["2"], ["3"]]
+
+
 def test_a_place_that_cannot_be_written(planned: None) -> None:
     Path("file").touch()
     with pytest.raises(UserError, match=r"can't be written \(Not a directory\); choose another results_dir"):

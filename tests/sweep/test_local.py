@@ -96,7 +96,12 @@ def test_jobs_outlive_a_killed_launcher_and_no_interrupted_one(user: User) -> No
     assert user.began(2) == 0
 
     user.order("go on", 0, 1)
-    code, out = user.call("src.sweep", "resume", user.sweep().name, "detach=true")
-    assert (code, "the jobs go on" in out) == (0, True)
+    user.order("hold", 2)
+    code, out = user.call("src.sweep", "resume", user.sweep().name, "detach=true")  # which holds no pipe open
+    assert (code, "the jobs go on" in out, "Ctrl-C" in out) == (0, True, False)
+    user.until(lambda: user.began(2), "the last run begins")
+    for controller in alive(user):
+        os.kill(int(controller), signal.SIGINT)  # as the next Ctrl-C in the terminal would
+    user.order("go on", 2)
     user.until(lambda: not alive(user), "the jobs end")
     assert measured(user.tree / "results") == {seed: expected(seed) for seed in range(3)}

@@ -71,6 +71,8 @@ def test_paths_hold_wherever_a_job_runs() -> None:
         (["experiment=glob(nothing*)"], "nothing to run"),
         (["experiment=tiny", "force=true"], "force=true doesn't go with cluster="),
         (["seed=1"], "no experiment given"),
+        (["experiment=tiny", "results_dir=a,b"], "results_dir: the same for all runs"),
+        (["experiment=tiny", "cluster.jobs=1,2"], "cluster: the same for all runs"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_submitted(arguments: list[str], told: str) -> None:

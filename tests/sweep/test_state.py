@@ -66,6 +66,18 @@ def test_the_later_of_two_jobs_is_believed(sweep: Sweep) -> None:
     assert look(sweep, {JOB: "RUNNING", "8": "PENDING"}, set())[sweep.runs[0].id] == "waiting"
 
 
+def test_a_job_that_is_gone_before_it_tries_is_told_beside_an_earlier_one(sweep: Sweep) -> None:
+    submitted(sweep, (0, "failed"))
+    sweep.submitted(Submission("slurm", {"8": [sweep.runs[0].id]}, CODE))
+    states = look(sweep, {}, set())
+    assert states[sweep.runs[0].id] == "lost"
+    (line,) = mishaps(sweep, states, {}, {})
+    assert "failed in job 7_0" in line
+    assert "its job 8 was gone before it began" in line
+    sweep.begin(sweep.runs[0], "9", 0).end("killed", "by design")  # by a job that was not noted
+    assert "its job 8" not in mishaps(sweep, look(sweep, {}, set()), {}, {})[0]
+
+
 def test_a_job_that_no_launcher_could_note_is_seen_by_its_attempt(sweep: Sweep) -> None:
     sweep.submitted(Submission("slurm", {}, CODE))
     sweep.begin(sweep.runs[0], JOB, 0)
@@ -81,7 +93,7 @@ def test_in_brief() -> None:
     ("attempts", "alive", "history", "told"),
     [
         ([(0, "open")], {JOB: "RUNNING"}, ["RUNNING"], []),
-        ([(0, "done")], {}, ["COMPLETED"], []),
+        ([(0, "done")], {}, ["COMPLETED"], ["it was finished, and its folder is gone"]),
         ([(0, "failed")], {}, ["COMPLETED"], ["failed in job 7_0 on HOST: its reason"]),
         ([(0, "killed")], {}, ["COMPLETED"], ["killed in job 7_0 on HOST: its reason"]),
         ([(0, "killed")], {}, ["CANCELLED by 0"], ["killed in job 7_0 on HOST: its reason (SLURM: CANCELLED by 0)"]),

@@ -34,6 +34,14 @@ def test_other_code_than_was_submitted_is_refused(sweep: Sweep, tiny: Tiny, caps
     assert tiny.calls == []
 
 
+def test_what_it_imports_is_what_was_looked_at(sweep: Sweep, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(work, "import_module", done.append)
+    monkeypatch.setattr(work, "fingerprint", lambda root: done.append("looked") or FINGERPRINT)
+    assert work.main(sweep, sweep.runs[0].id, FINGERPRINT) == 0
+    assert done == ["experiments.tiny", "paper_figures.tiny", "looked"]
+
+
 def test_data_that_are_gone_are_not_fetched(
     sweep: Sweep, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

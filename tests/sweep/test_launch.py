@@ -1,0 +1,65 @@
+"""A launcher's own part: signals to end, and jobs that are refused."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.sweep import launch
+from src.sweep.folder import Sweep
+from tests.sweep.conftest import ARGUMENTS
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """As they were."""
+    before = {number: signal.getsignal(number) for number in launch.INTERRUPTING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def struck(first: signal.Signals, second: signal.Signals) -> None:
+    """Interrupted by one signal, and by another while it cleans up."""
+    with launch._interruptible():
+        try:
+            signal.raise_signal(first)
+        finally:
+            signal.raise_signal(second)
+            with launch._deaf():
+                signal.raise_signal(second)
+            signal.raise_signal(second)
+
+
+@pytest.mark.parametrize("first", launch.INTERRUPTING)
+@pytest.mark.parametrize("second", launch.INTERRUPTING)
+def test_only_the_first_signal_to_end_is_heard(first: signal.Signals, second: signal.Signals) -> None:
+    before = signal.getsignal(second)
+    with pytest.raises(KeyboardInterrupt):
+        struck(first, second)
+    assert signal.getsignal(second) == before
+
+
+def test_what_was_ignored_stays_so() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with launch._interruptible():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_jobs_that_slurm_refuses_are_told_and_leave_no_trace(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no SLURM is
+    for _ in range(2):
+        with pytest.raises(UserError, match="slurm refuses the jobs"):
+            launch.launch(ARGUMENTS)
+    assert sweep.submissions() == []
+
+
+def test_a_damaged_plan_is_written_anew(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (sweep.path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="slurm refuses the jobs"):
+        launch.launch(ARGUMENTS)
+    assert Sweep(sweep.path).runs == sweep.runs
