@@ -41,6 +41,24 @@ class Drifting(Counting):
         return x * self.calls
 
 
+class Shaking(Drifting):
+    """Answers by how often it was asked, as much as rounding does."""
+
+    def forward(self, x):
+        return x + 1e-15 * super().forward(x)
+
+
+class Rounding(nn.Module):
+    """Computed by another kernel where a derivative is taken."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x * (1 + self.by) if torch.is_grad_enabled() else x
+
+
 class StraightThrough(torch.autograd.Function):
     """Round forwards, the identity backwards."""
 
@@ -106,6 +124,8 @@ def chain(part):
     [
         (Careless(), "stage '1' answers differently when it is asked twice"),
         (Drifting(), "stage '1' answers differently when it is asked twice"),
+        (Shaking(), "stage '1' answers differently when it is asked twice"),
+        (Rounding(1e-6), "stage '1' answers differently when it is asked twice"),
         (Centred(), "in stage '1' a sample's output depends on the other samples"),
         (Summing(), "in stage '1' a sample's output depends on the other samples"),
         (Counting(), "stage '1' writes into its buffers in eval mode"),
@@ -121,6 +141,10 @@ def test_a_stage_that_cannot_be_answered_for_is_refused_with_the_reason(part, re
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_has_no_forward_derivative_is_answered_where_its_backward_pass_is_right(dtype):
     assert len(certify(chain(Cubing(1.0)), normal(3, 1, 4, 4), LABELS, dtype=dtype).rank) == 3
+
+
+def test_what_another_kernel_rounds_otherwise_is_answered():
+    assert len(certify(chain(Rounding(1e-15)), normal(3, 1, 4, 4), LABELS).rank) == 3
 
 
 def test_what_leaks_is_answered_for_the_batch_as_one():
