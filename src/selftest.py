@@ -19,8 +19,9 @@ ROUNDING = 1e3
 def check_stage(link: Link, probe: Tensor, direction: Tensor) -> None:
     """Ask a stage whether it repeats itself, keeps samples apart, and is differentiated rightly.
 
-    Determinism: f(x) = f(x), bit for bit; to rounding where kernels differ because a derivative is taken. Leakage: ∂f(x_n)/∂x_m = 0 for m ≠ n, exactly. Adjoint: ⟨Ju, v⟩ = ⟨u, Jᵀv⟩, Ju by forward
-    and Jᵀv by reverse differentiation, which share no formula; where there is no forward derivative, Ju by a difference, to ε^¼.
+    Determinism: f(x) = f(x), bit for bit; to rounding where another kernel computes it because a derivative is taken. Leakage:
+    ∂f(x_n)/∂x_m = 0 for m ≠ n, exactly. Adjoint: ⟨Ju, v⟩ = ⟨u, Jᵀv⟩, Ju by forward and Jᵀv by reverse differentiation, which share no
+    formula; where there is no forward derivative, Ju by a difference, to ε^¼.
 
     Args:
         link: the stage with its inputs.
