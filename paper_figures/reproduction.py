@@ -26,7 +26,7 @@ from src.training.loop import planned_steps
 from src.verdict import Verdict, phrase
 
 PAPERS = sorted(file.stem for file in (CONF / "experiment" / NAME).glob("*.yaml"))
-NOT_RUN, NO_NUMBER = "not run", "no number is published"
+NOT_RUN, NO_NUMBER, ERROR = "not run", "no number is published", "test error, %"
 ACCURACIES = ("published", "published_failure")  # forms whose verdict stands beside every net
 # in LaTeX, with the widths of what is long in cm
 PRINTED: dict[str, float | None] = {
@@ -139,7 +139,7 @@ def _nets(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str,
         telling = [phrase(entry.verdict, entry.condition) for entry in verdicts if entry.claim.rpartition("/")[2] in _form_of(net)]
         yield {
             **_of_paper(config, first["data"]),
-            "what": f"{name}, test error, %",
+            "what": f"{name}, {ERROR}",
             "published": _number(net),
             "measured": error.value,
             "lo": error.lo,
@@ -207,14 +207,21 @@ def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str
 
 
 def _not_run(paper: str, measured: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
-    """A line a reported net on a data set that no run is on."""
-    data = {net.data for net in full(paper, "digits")[0].grid.nets}
-    for name in sorted(data):
-        if (paper, name) not in measured:
-            config, whole = full(paper, name)
-            for setting in whole.values():
-                what = {"what": f"{setting.net.name}, test error, %", "published": _number(setting.net)}
-                yield {**_of_paper(config, name), **what, "n": 0, "scale": "paper", "verdict": NOT_RUN}
+    """A line a net and a form on every data set that a paper reports on and no run is on."""
+    for data in sorted({net.data for net in full(paper, "digits")[0].grid.nets} - {data for name, data in measured if name == paper}):
+        config, whole = full(paper, data)
+        nets = {} if config.grid.depths else {f"{name}, {ERROR}": _number(setting.net) for name, setting in whole.items()}
+        forms = {form.criterion: form.statement for name, form in config.criteria.items() if name not in ACCURACIES}
+        for what, published in {**nets, **forms}.items():
+            yield {
+                **_of_paper(config, data),
+                "what": what,
+                "published": published,
+                "n": 0,
+                "scale": "paper",
+                "verdict": NOT_RUN,
+                "reduced": "; ".join(config.grid.leaves_out),
+            }
 
 
 def _of_paper(config: Config, data: str) -> dict[str, object]:
