@@ -5,6 +5,7 @@ paper reports on, its test error stands beside the published one; what a paper s
 reaches, is tried at every scale.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -41,7 +42,8 @@ QUANTITIES = {
     "test_error": "share of test images told wrong, %; of the part course after a number of steps, of the part net at the end",
     "train_error": "share of training images told wrong at the end, %",
     "diverged": "1 where the training diverged, else 0",
-    "top_activation": "98th percentile of the activations of the last hidden layer over the samples, after a number of steps",
+    "top_activation": "98th percentile of the activations of the last hidden layer over the samples, by whose statistics it is normalised, "
+    "after a number of steps",
 }
 NAME = "reproduction"
 LOOKS = 40  # times that the last hidden layer is looked at in a training, evenly in the logarithm of the steps
@@ -204,8 +206,8 @@ class _Look:
         return self.at(whole) if step in due else None
 
     def at(self, whole: nn.Module) -> float:
-        """Its activations' percentile."""
-        hidden = nn.Sequential(*_chain(whole)[:-1]).eval()
+        """Its activations' percentile, on a copy that normalises by these images: early in a training running statistics are none."""
+        hidden = copy.deepcopy(nn.Sequential(*_chain(whole)[:-1])).train()
         (found,) = activity(nn.Sequential(hidden), self.images, (PERCENTILE,))
         return found[f"p{PERCENTILE:g}"]
 

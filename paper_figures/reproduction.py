@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from experiments.reproduction import NAME, NET, Setting, errors, settings
 from paper_figures.sidecar import Product, tabular
@@ -20,7 +21,7 @@ from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, WIDE, over_s
 from src.config import Config
 from src.data.catalogue import CATALOGUE
 from src.rows import pick
-from src.run import CONF
+from src.run import CONF, own_file
 from src.statistics import t_interval
 from src.training.loop import planned_steps
 from src.verdict import Verdict, phrase
@@ -55,6 +56,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         courses = rows[rows["part"] == "course"]
         _course(middle, pick(courses, "test_error"), "test error, %", "test error along training", over_depth)
         _course(right, pick(courses, "top_activation"), "98th percentile of activations", "last hidden layer", over_depth)
+        right.set_xscale("log")
         if len(nets) > 1 or over_depth:
             handles, labels = middle.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside right upper")
@@ -68,7 +70,7 @@ def _by_net(axis: Axes, nets: pd.DataFrame) -> None:
         over_seeds(axis, net, "place", place % len(MARKERS), color=f"C{place % 10}")
         for published in net["published"].dropna().unique():
             axis.plot([place - 0.3, place + 0.3], [published, published], **PREDICTION)
-    axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axis.set(xlabel="net", ylabel="test error, %", xlim=(-0.5, len(names) - 0.5))
     title(axis, "test error at the end")
 
@@ -85,13 +87,12 @@ def _course(axis: Axes, course: pd.DataFrame, what: str, told: str, over_depth: 
     """The mean over seeds, of the deepest and the shallowest nets where there are many."""
     for place, ((net, weight_var), nets) in enumerate(course.groupby(["net", "weight_var"], sort=False)):
         label = f"{net}, σw² {weight_var:g}" if over_depth else str(net)
-        for depth, lightness in {int(nets["depth"].max()): 1.0, int(nets["depth"].min()): 0.45}.items():
+        for depth, lightness in {int(nets["depth"].min()): 0.45, int(nets["depth"].max()): 1.0}.items():
             of_depth = nets[(nets["depth"] == depth) & (nets["step"] > 0)]
             means = of_depth.groupby("step")["value"].mean()
             own = f"{label}, depth {depth}" if over_depth else label
             look: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": DASHES[place % len(DASHES)], "alpha": lightness}
             axis.plot(means.index, means, marker=MARKERS[place % len(MARKERS)], markersize=2, label=own, **look)
-    axis.set_xscale("log")
     axis.set(xlabel="steps", ylabel=what)
     title(axis, told)
 
@@ -118,24 +119,34 @@ def product(shelf: Shelf, mixed: bool) -> Product:
 
 
 @cache
+def reported(paper: str) -> list[str]:
+    """The data sets that a paper reports on."""
+    grid: Any = OmegaConf.load(own_file(NAME, paper)).grid
+    return list(dict.fromkeys(net.data for net in grid.nets))
+
+
+@cache
 def full(paper: str, data: str) -> tuple[Config, dict[str, Setting]]:
-    """A paper's nets as scale=paper trains them, by name: on a data set that it reports on, or else on the first of them."""
+    """A paper's nets as scale=paper trains them on a data set that it reports on, by name."""
     config = composed(f"{NAME}/{paper}", data, "paper", 0)
-    reported = [net.data for net in config.grid.nets]
-    if data not in reported:
-        return full(paper, reported[0])
     return config, {setting.net.name: setting for setting in settings(config, data)}
+
+
+def _full(stamp: pd.Series) -> tuple[Config, dict[str, Setting]]:
+    """The same of rows, for their data set if the paper reports on it, or else for the first that it does."""
+    known = reported(stamp["paper"])
+    return full(stamp["paper"], stamp["data_requested"] if stamp["data_requested"] in known else known[0])
 
 
 def _nets(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str, object]]:
     """A line a net, but for those that a paper varies over depth or σw²."""
     first = rows.iloc[0]
-    config, whole = full(first["paper"], first["data_requested"])
+    config, whole = _full(first)
     for name, nets in errors(rows).groupby("net", sort=False):
         if name not in whole or len(nets[["depth", "weight_var"]].drop_duplicates()) > 1:
             continue
         error, net = t_interval(nets["value"]), whole[str(name)].net
-        reported = nets[["published", "published_above"]].notna().any(axis=None)
+        held = nets[["published", "published_above"]].notna().any(axis=None)
         telling = [phrase(entry.verdict, entry.condition) for entry in verdicts if entry.claim.rpartition("/")[2] in _form_of(net)]
         yield {
             **_of_paper(config, first["data"]),
@@ -146,7 +157,7 @@ def _nets(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str,
             "hi": error.hi,
             "n": error.n,
             "scale": first["scale"],
-            "verdict": "; ".join(telling) if reported else _not_compared(net, first),
+            "verdict": "; ".join(telling) if held else _not_compared(net, first),
             "reduced": "; ".join([*_reductions(whole[str(name)], nets.iloc[0]), *config.grid.leaves_out]),
         }
 
@@ -185,7 +196,7 @@ def _reductions(whole: Setting, net: pd.Series) -> list[str]:
 def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str, object]]:
     """What a paper says of the order of its nets, or of where training reaches: the number is the criterion's, at the cell that decided."""
     first = rows.iloc[0]
-    config, whole = full(first["paper"], first["data_requested"])
+    config, whole = _full(first)
     for entry in verdicts:
         if entry.claim.rpartition("/")[2] in ACCURACIES:
             continue
@@ -208,7 +219,7 @@ def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str
 
 def _not_run(paper: str, measured: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
     """A line a net and a form on every data set that a paper reports on and no run is on."""
-    for data in sorted({net.data for net in full(paper, "digits")[0].grid.nets} - {data for name, data in measured if name == paper}):
+    for data in sorted(set(reported(paper)) - {data for name, data in measured if name == paper}):
         config, whole = full(paper, data)
         nets = {} if config.grid.depths else {f"{name}, {ERROR}": _number(setting.net) for name, setting in whole.items()}
         forms = {form.criterion: form.statement for name, form in config.criteria.items() if name not in ACCURACIES}
