@@ -89,11 +89,18 @@ def settings(config: Config, data: str) -> list[Setting]:
 
 
 @cache
-def orders_of(paper: str) -> Mapping[str, list[list[str]]]:
+def _own_grid(paper: str) -> Any:
+    return OmegaConf.load(own_file(NAME, paper)).grid
+
+
+def orders_of(paper: str) -> dict[str, list[list[str]]]:
     """Which nets a paper reports to be better than which, by criterion; they stand in its file before anything is run."""
-    grid: Any = OmegaConf.load(own_file(NAME, paper)).grid
-    found: dict[str, list[list[str]]] = OmegaConf.to_container(grid.orders) if "orders" in grid else {}  # type: ignore[assignment]
-    return found
+    return {name: [list(pair) for pair in pairs] for name, pairs in _own_grid(paper).get("orders", {}).items()}
+
+
+def reports_of(paper: str) -> list[tuple[str, str, float | None, float | None]]:
+    """The nets that a paper reports on by name and data set, and the test error, or what it exceeds, in percent."""
+    return [(net.name, net.data, net.get("published"), net.get("published_above")) for net in _own_grid(paper).nets]
 
 
 def check(config: Config, data: Data) -> None:
@@ -110,6 +117,8 @@ def check(config: Config, data: Data) -> None:
     for setting in settings(config, data.name):
         size = setting.training.batch_size
         require(size <= len(data.train), f"grid.nets: {setting.net.name}: batch_size: {size} exceeds the {len(data.train)} training images")
+    asked = [(net.name, net.data, net.published, net.published_above) for net in grid.nets]
+    require(asked == reports_of(grid.paper), "grid.nets: names and reported errors stand in the paper's file")
 
 
 def plan(context: Context) -> list[Work]:

@@ -12,16 +12,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
-from experiments.reproduction import NAME, NET, Setting, errors, settings
+from experiments.reproduction import NAME, NET, Setting, errors, reports_of, settings
 from paper_figures.sidecar import Product, tabular
 from paper_figures.sources import Shelf, composed, gather
 from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, WIDE, over_seeds, panels, title
 from src.config import Config
 from src.data.catalogue import CATALOGUE
 from src.rows import pick
-from src.run import CONF, own_file
+from src.run import CONF
 from src.statistics import t_interval
 from src.training.loop import planned_steps
 from src.verdict import Verdict, phrase
@@ -119,13 +118,6 @@ def product(shelf: Shelf, mixed: bool) -> Product:
 
 
 @cache
-def reported(paper: str) -> list[str]:
-    """The data sets that a paper reports on."""
-    grid: Any = OmegaConf.load(own_file(NAME, paper)).grid
-    return list(dict.fromkeys(net.data for net in grid.nets))
-
-
-@cache
 def full(paper: str, data: str) -> tuple[Config, dict[str, Setting]]:
     """A paper's nets as scale=paper trains them on a data set that it reports on, by name."""
     config = composed(f"{NAME}/{paper}", data, "paper", 0)
@@ -134,7 +126,7 @@ def full(paper: str, data: str) -> tuple[Config, dict[str, Setting]]:
 
 def _full(stamp: pd.Series) -> tuple[Config, dict[str, Setting]]:
     """The same of rows, for their data set if the paper reports on it, or else for the first that it does."""
-    known = reported(stamp["paper"])
+    known = [data for _, data, _, _ in reports_of(stamp["paper"])]
     return full(stamp["paper"], stamp["data_requested"] if stamp["data_requested"] in known else known[0])
 
 
@@ -219,7 +211,7 @@ def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str
 
 def _not_run(paper: str, measured: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
     """A line a net and a form on every data set that a paper reports on and no run is on."""
-    for data in sorted(set(reported(paper)) - {data for name, data in measured if name == paper}):
+    for data in sorted({data for _, data, _, _ in reports_of(paper)} - {data for name, data in measured if name == paper}):
         config, whole = full(paper, data)
         nets = {} if config.grid.depths else {f"{name}, {ERROR}": _number(setting.net) for name, setting in whole.items()}
         forms = {form.criterion: form.statement for name, form in config.criteria.items() if name not in ACCURACIES}

@@ -14,6 +14,7 @@ from src.config import ScaleName
 from src.errors import UserError
 from src.plan import networks_and_steps
 from src.rows import pick
+from src.training.loop import planned_steps
 from tests.experiments.measured import PAPERS, Change, after, config, context, put, small_context, small_rows, verdicts
 
 SMALL = ("training.max_steps=3", "data.test_size=60", "grid.samples=4")
@@ -186,6 +187,10 @@ def test_a_net_has_its_own_depth_width_and_schedule() -> None:
     assert len(nets) == 10
     assert (nets["ResNet-110"].model.depth, nets["ResNet-110"].training.schedule) == (110, "warm_steps")
     assert (nets["plain-56"].model.skip, nets["plain-56"].training.schedule) == ("none", "steps")
+    lengths = {"he2016": 64_000, "ioffe2015": 50_000, "schoenholz2017": 14_000, "glorot2010": 2_000_000, "nokland2019": 46_800}
+    for paper, steps in lengths.items():
+        first, *_ = reproduction.settings(config(f"reproduction/{paper}", "scale=paper"), "mnist")
+        assert planned_steps(first.training, 50_000 if paper == "he2016" else 60_000) == steps
     wide = reproduction.settings(config("reproduction/nokland2019", "scale=paper"), "cifar10")
     assert {setting.model.width for setting in wide} == {3000}
 
@@ -197,6 +202,7 @@ def test_a_net_has_its_own_depth_width_and_schedule() -> None:
         ("ioffe2015", ["grid.orders={normalised_is_better:[[without,with BatchNorm]]}"], "grid.orders: stand in the paper's file"),
         ("ioffe2015", ["grid.samples=1000"], "grid.samples: at most"),
         ("ioffe2015", ["grid.nets=[{name: x, data: mnist, model: {deepth: 4}}]", "grid.trained=[]"], "grid.orders: of grid.nets"),
+        ("yang2019", ["grid.nets=[{name: batch 32, data: mnist, published: 1.0}]"], "grid.nets: names and reported errors stand in"),
         ("yang2019", ["grid.nets=[{name: x, data: mnist, model: {wdth: 4}}]"], "grid.nets: x: model: unknown key 'wdth'"),
         ("yang2019", ["grid.nets=[{name: x, data: mnist, model: {norm: group}}]"], "grid.nets: x: model: norm: "),
         ("yang2019", ["grid.nets=[{name: x, data: mnist, training: {batch_size: 9999}}]"], "grid.nets: x: batch_size: 9999 exceeds"),
