@@ -203,16 +203,20 @@ def _chain(whole: nn.Module) -> list[nn.Module]:
     return [*(whole.chain if isinstance(whole, MultiExit) else whole).children()]
 
 
-@dataclass(frozen=True)
 class _Look:
-    """Looks at the last hidden layer at some of the steps."""
+    """Looks at the last hidden layer after some of the steps.
 
-    images: torch.Tensor
-    steps: int
+    Args:
+        images: that its activations are taken on.
+        steps: of a training.
+    """
+
+    def __init__(self, images: torch.Tensor, steps: int) -> None:
+        self.images = images
+        self.due = set(np.geomspace(1, steps, LOOKS).astype(int).tolist())
 
     def __call__(self, whole: nn.Module, step: int) -> float | None:
-        due = set(np.geomspace(1, self.steps, LOOKS).astype(int).tolist())
-        return self.at(whole) if step in due else None
+        return self.at(whole) if step in self.due else None
 
     def at(self, whole: nn.Module) -> float:
         """Its activations' percentile, on a copy that normalises by these images: early in a training running statistics are none."""
