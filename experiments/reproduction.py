@@ -7,7 +7,7 @@ reaches, is tried at every scale.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -139,6 +139,16 @@ def _trained(context: Context, setting: Setting) -> Iterator[Row]:
     net, model, seeds = setting.net, setting.model, range(context.config.grid.seeds)
     steps = context.steps(setting.training)
     nets = [_whole(context, setting, seed) for seed in seeds]
+    look = _Look(context.samples(context.data.test, context.config.grid.samples)[0], steps)
+    courses = [{0: look.at(whole)} for whole in nets]
+    # who trains one layer of many puts the others into another mode, which only its own network may be in
+    training = replace(setting.training, ensemble=1) if net.sequential else setting.training
+    outcomes: list[Outcome] = []
+    for turn, objective in enumerate(_objectives(setting, nets[0], steps)):
+        names = [f"{net.name}, depth {model.depth}, σw² {model.weight_var:g}, seed {seed}, turn {turn + 1}" for seed in seeds]
+        outcomes = train_all(context, nets, names, seeds, objective, training, [partial(look, whole) for whole in nets])
+        for course, outcome in zip(courses, outcomes, strict=True):
+            course |= {turn * steps + step: seen for step, seen in outcome.seen.items()}
     where = {
         "paper": context.config.grid.paper,
         "net": net.name,
@@ -148,25 +158,19 @@ def _trained(context: Context, setting: Setting) -> Iterator[Row]:
         "chance": 100 * (1 - 1 / context.data.classes),
         **_reported(context, net),
     }
-    look = _Look(context.samples(context.data.test, context.config.grid.samples)[0], steps)
-    courses = [{0: look.at(whole)} for whole in nets]
-    outcomes: list[Outcome] = []
-    for turn, objective in enumerate(_objectives(setting, nets[0], steps)):
-        names = [f"{net.name}, depth {model.depth}, σw² {model.weight_var:g}, seed {seed}, turn {turn + 1}" for seed in seeds]
-        # who trains one layer of many puts the others into another mode, which only its own network may be in
-        training = changed(setting.training, {"ensemble": 1} if net.sequential else {}, net.name)
-        outcomes = train_all(context, nets, names, seeds, objective, training, [partial(look, whole) for whole in nets])
-        for course, outcome in zip(courses, outcomes, strict=True):
-            course |= {turn * steps + step: seen for step, seen in outcome.seen.items()}
     for seed, course, outcome in zip(seeds, courses, outcomes, strict=True):
-        columns = {**where, **network_columns(model, seed)}
-        errors = {key.replace("accuracy", "error"): 100 * (1 - value) for key, value in outcome.metrics().items() if "accuracy" in key}
-        yield from measured({"part": "net", **columns}, **errors, diverged=outcome.metrics()["diverged"])
-        for point in outcome.history.itertuples():
-            at = (setting.turns - 1) * steps + point.step
-            yield from measured({"part": "course", "step": at, **columns}, test_error=100 * (1 - point.test_accuracy))
-        for step, seen in course.items():
-            yield from measured({"part": "course", "step": step, **columns}, top_activation=seen)
+        yield from _told({**where, **network_columns(model, seed)}, outcome, course, before=(setting.turns - 1) * steps)
+
+
+def _told(where: Row, outcome: Outcome, course: Mapping[int, float], before: int) -> Iterator[Row]:
+    """The rows of one training, whose last turn began after so many steps."""
+    metrics = outcome.metrics()
+    told_wrong = {f"{split}_error": 100 * (1 - metrics[f"{split}_accuracy"]) for split in ("test", "train")}
+    yield from measured({"part": "net", **where}, **told_wrong, diverged=metrics["diverged"])
+    for point in outcome.history.itertuples():
+        yield from measured({"part": "course", "step": before + point.step, **where}, test_error=100 * (1 - point.test_accuracy))
+    for step, seen in course.items():
+        yield from measured({"part": "course", "step": step, **where}, top_activation=seen)
 
 
 def _reported(context: Context, net: ReportedNet) -> dict[str, float | None]:
