@@ -47,14 +47,14 @@ COLUMNS = ["paper", *PRINTED]
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Test errors of the nets, their course, and that of the last hidden layer."""
-    note = f"{SEEDS}; of courses: means over seeds; short black bars: published"
+    note = f"{SEEDS}; of courses: means over seeds" + ("; short black bars: published" if rows["published"].notna().any() else "")
     with panels(rows, 3, 3, 2.9, note=note, width=WIDE + 1.6) as (figure, (left, middle, right)):
         nets = [net for _, net in rows.groupby("net", sort=False)]
         over_depth = rows.groupby("net")[["depth", "weight_var"]].nunique().max(axis=None) > 1
         (_against_depth if over_depth else _by_net)(left, errors(rows))
         courses = rows[rows["part"] == "course"]
         _course(middle, pick(courses, "test_error"), "test error, %", "test error along training", over_depth)
-        _course(right, pick(courses, "top_activation"), "98th percentile of activations", "last hidden layer", over_depth)
+        _course(right, pick(courses, "top_activation"), "98th percentile", "last hidden layer's activations", over_depth)
         right.set_xscale("log")
         if len(nets) > 1 or over_depth:
             handles, labels = middle.get_legend_handles_labels()
