@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.reproduction import NAME, NET, Setting, errors, reports_of, settings
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import Shelf, composed, gather
+from paper_figures.sources import Shelf, composed, gather, todays_config
 from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, WIDE, over_seeds, panels, title
 from src.config import Config
 from src.data.catalogue import CATALOGUE
@@ -28,6 +28,7 @@ from src.verdict import Verdict, phrase
 PAPERS = sorted(file.stem for file in (CONF / "experiment" / NAME).glob("*.yaml"))
 NOT_RUN, NO_NUMBER, ERROR = "not run", "no number is published", "test error, %"
 ACCURACIES = ("published", "published_failure")  # forms whose verdict stands beside every net
+OPTIMISER = ("optimizer", "lr", "momentum", "weight_decay", "schedule")  # keys of a training
 # in LaTeX, with the widths of what is long in cm
 PRINTED: dict[str, float | None] = {
     "source": 3,
@@ -130,6 +131,27 @@ def _full(stamp: pd.Series) -> tuple[Config, dict[str, Setting]]:
     return full(stamp["paper"], stamp["data_requested"] if stamp["data_requested"] in known else known[0])
 
 
+def _reductions(rows: pd.DataFrame, name: str) -> list[str]:
+    """What of a net and its training is otherwise than at scale=paper; its optimiser's keys by today's file."""
+    # of nets of many depths the deepest
+    net, whole = errors(rows).query("net == @name").sort_values("depth").iloc[-1], _full(rows.iloc[0])[1][name]
+    images = CATALOGUE[whole.net.data].train_size
+    sizes = {
+        "weight layers": (net["depth"], whole.model.depth),
+        "units or channels": (net["width"], whole.model.width),
+        "steps": (net["steps"], whole.turns * planned_steps(whole.training, images)),
+        "images": (net["train_images"], images),
+    }
+    found = [f"{here:,} of {there:,} {what}" for what, (here, there) in sizes.items() if here != there]
+    (training, *_) = (setting.training for setting in settings(todays_config(rows), net["data_requested"]) if setting.net.name == name)
+    found += [
+        f"{key} {getattr(training, key)}, not {there}"
+        for key in OPTIMISER
+        if (there := getattr(whole.training, key)) != getattr(training, key)
+    ]
+    return [*([f"measured on {net['data']}"] if net["data"] != whole.net.data else []), *found]
+
+
 def _nets(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str, object]]:
     """A line a net, but for those that a paper varies over depth or σw²."""
     first = rows.iloc[0]
@@ -150,7 +172,7 @@ def _nets(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str,
             "n": error.n,
             "scale": first["scale"],
             "verdict": "; ".join(telling) if held else _not_compared(net, first),
-            "reduced": "; ".join([*_reductions(whole[str(name)], nets.iloc[0]), *config.grid.leaves_out]),
+            "reduced": "; ".join([*_reductions(rows, str(name)), *config.grid.leaves_out]),
         }
 
 
@@ -172,29 +194,15 @@ def _not_compared(net: Any, stamp: pd.Series) -> str:
     return f"not compared: {stamp['data']}, {stamp['train_images']:,} images, scale={stamp['scale']}"
 
 
-def _reductions(whole: Setting, net: pd.Series) -> list[str]:
-    """What of a net and its training is smaller than at scale=paper."""
-    images = CATALOGUE[whole.net.data].train_size
-    sizes = {
-        "weight layers": (net["depth"], whole.model.depth),
-        "units or channels": (net["width"], whole.model.width),
-        "steps": (net["steps"], whole.turns * planned_steps(whole.training, images)),
-        "images": (net["train_images"], images),
-    }
-    found = [f"{here:,} of {there:,} {what}" for what, (here, there) in sizes.items() if here != there]
-    return [*([f"measured on {net['data']}"] if net["data"] != whole.net.data else []), *found]
-
-
 def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str, object]]:
     """What a paper says of the order of its nets, or of where training reaches: the number is the criterion's, at the cell that decided."""
     first = rows.iloc[0]
     config, whole = _full(first)
+    smaller = sorted({part for name in dict.fromkeys(errors(rows)["net"]) if name in whole for part in _reductions(rows, name)})
     for entry in verdicts:
         if entry.claim.rpartition("/")[2] in ACCURACIES:
             continue
         ran = "no cell" not in entry.evidence
-        nets = errors(rows).groupby("net").first().reset_index()
-        smaller = {part for _, net in nets.iterrows() if net["net"] in whole for part in _reductions(whole[net["net"]], net)}
         yield {
             **_of_paper(config, first["data"]),
             "what": entry.criterion,
@@ -205,7 +213,7 @@ def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str
             "n": entry.n,
             "scale": first["scale"],
             "verdict": phrase(entry.verdict, entry.condition) if ran else f"not measured at scale={first['scale']}",
-            "reduced": "; ".join([*sorted(smaller), *config.grid.leaves_out]),
+            "reduced": "; ".join([*smaller, *config.grid.leaves_out]),
         }
 
 

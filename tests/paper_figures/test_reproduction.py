@@ -91,7 +91,7 @@ def test_what_was_measured_at_another_scale_is_compared_with_nothing(tmp_path: P
 def test_an_error_measured_as_published_has_the_verdict_of_its_form() -> None:
     paper = "reproduction/nokland2019"
     stamp = {"data": "mnist", "data_requested": "mnist", "scale": "paper", "train_images": 60_000}
-    rows = reported(1.0)(small_rows(paper)).assign(**stamp)
+    rows = reported(1.0)(small_rows(paper)).assign(experiment="reproduction", root_seed=0, **stamp)
     (line, *_) = reproduction._nets(rows, list(verdicts(paper, rows).values()))
     assert (line["measured"], line["verdict"], line["scale"]) == (8.0, "holds", "paper")
 
@@ -101,6 +101,7 @@ def test_orders_and_limits_have_their_lines(tmp_path: Path) -> None:
         finished_run(tmp_path / "results", paper, run=paper[-4:] + paper[13:17])
     lines = csv(Shelf(tmp_path / "results", tmp_path / "nowhere"), tmp_path)
     told = lines[(lines["data"] == "digits")].set_index(["paper", "what"])
+    assert "images; width, rate" in told.loc["yang2019"].iloc[0]["reduced"]
     limit = told.loc[("yang2019", config("reproduction/yang2019").criteria["depth_limit"].criterion + " [published = 50]")]
     assert (limit["verdict"], limit["n"]) == ("not measured at scale=smoke", 0)
     assert np.isnan(limit["measured"])
