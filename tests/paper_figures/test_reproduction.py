@@ -101,7 +101,7 @@ def test_orders_and_limits_have_their_lines(tmp_path: Path) -> None:
         finished_run(tmp_path / "results", paper, run=paper[-4:] + paper[13:17])
     lines = csv(Shelf(tmp_path / "results", tmp_path / "nowhere"), tmp_path)
     told = lines[(lines["data"] == "digits")].set_index(["paper", "what"])
-    assert "images; width, rate" in told.loc["yang2019"].iloc[0]["reduced"]
+    assert "16 of 100 weight layers" in told.loc["yang2019"].iloc[0]["reduced"]
     limit = told.loc[("yang2019", config("reproduction/yang2019").criteria["depth_limit"].criterion + " [published = 50]")]
     assert (limit["verdict"], limit["n"]) == ("not measured at scale=smoke", 0)
     assert np.isnan(limit["measured"])
