@@ -66,12 +66,13 @@ def draw(rows: pd.DataFrame) -> Figure:
 def _by_net(axis: Axes, nets: pd.DataFrame) -> None:
     names = list(dict.fromkeys(nets["net"]))
     placed = nets.assign(place=nets["net"].map(names.index))
+    labels = [f"{name}\nL = {depth}" for name, depth in nets.groupby("net", sort=False)["depth"].first().items()]
     for place, (_, net) in enumerate(placed.groupby("place")):
         over_seeds(axis, net, "place", place % len(MARKERS), color=f"C{place % 10}")
         for published in net["published"].dropna().unique():
             axis.plot([place - 0.3, place + 0.3], [published, published], **PREDICTION)
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    axis.set(xlabel="net", ylabel="test error, %", xlim=(-0.5, len(names) - 0.5))
+    axis.set_xticks(range(len(names)), labels, rotation=40, ha="right")
+    axis.set(xlabel="net; L: its weight layers here", ylabel="test error, %", xlim=(-0.5, len(names) - 0.5))
     title(axis, "test error at the end")
 
 
@@ -86,11 +87,11 @@ def _against_depth(axis: Axes, nets: pd.DataFrame) -> None:
 def _course(axis: Axes, course: pd.DataFrame, what: str, told: str, over_depth: bool) -> None:
     """The mean over seeds, of the deepest and the shallowest nets where there are many."""
     for place, ((net, weight_var), nets) in enumerate(course.groupby(["net", "weight_var"], sort=False)):
-        label = f"{net}, σw² {weight_var:g}" if over_depth else str(net)
+        label = f"{net}, σw² {weight_var:g}" if over_depth else f"{net}"
         for depth, lightness in {int(nets["depth"].min()): 0.45, int(nets["depth"].max()): 1.0}.items():
             of_depth = nets[(nets["depth"] == depth) & (nets["step"] > 0)]
             means = of_depth.groupby("step")["value"].mean()
-            own = f"{label}, depth {depth}" if over_depth else label
+            own = f"{label}, L = {depth}"
             look: dict[str, Any] = {"color": f"C{place % 10}", "linestyle": DASHES[place % len(DASHES)], "alpha": lightness}
             axis.plot(means.index, means, marker=MARKERS[place % len(MARKERS)], markersize=2, label=own, **look)
     axis.set(xlabel="steps", ylabel=what)
