@@ -241,8 +241,8 @@ def of_folder(folder: Path) -> Source:
 
 
 def stamps(rows: pd.DataFrame) -> pd.DataFrame:
-    """What rows say of their runs, once for each."""
-    return rows[["experiment", *sorted(STAMP)]].drop_duplicates()
+    """What rows say of their runs, and which paper they reproduce if they do, once for each."""
+    return rows[[column for column in ("experiment", "paper", *sorted(STAMP)) if column in rows]].drop_duplicates()
 
 
 def mixture(tables: Sequence[pd.DataFrame]) -> str:

@@ -62,7 +62,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_rows_and_of_todays_co
     assert not rows["dirty"].any()
     assert not rows["fallback"].any()
     assert f"{rows['paper'].iloc[0]}-{rows['data'].iloc[0]}" == file.stem
-    assert source.settings(rows) is not None
+    assert source.settings(sources.stamps(rows)) is not None
     told = json.loads(source.provenance.read_text())
     assert (told["commit"], told["data"], told["seed"]) == tuple(rows[["commit", "data", "root_seed"]].iloc[0])
     assert "/tmp" not in source.provenance.read_text()
