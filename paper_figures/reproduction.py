@@ -113,7 +113,7 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     """The table; each line says at which scale it was measured, and what was reduced."""
     found = gather([NAME], shelf.papers, lambda source, rows: (rows, source.judged()))
     lines = [line for rows, verdicts in found.taken for line in (*_nets(rows, verdicts), *_forms(rows, verdicts))]
-    measured = {tuple(rows[["paper", "data"]].iloc[0]) for rows, _ in found.taken}
+    measured = {tuple(net) for rows, _ in found.taken for net in rows[["paper", "data", "net"]].drop_duplicates().to_numpy()}
     lines += [line for paper in PAPERS for line in _not_run(paper, measured)]
     lines.sort(key=lambda line: str(line["paper"]))
     return Product(tabular(pd.DataFrame(lines, columns=COLUMNS), PRINTED), found.sources, found.complaints)
@@ -219,11 +219,12 @@ def _forms(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> Iterator[dict[str
 
 
 def _not_run(paper: str, measured: set[tuple[str, ...]]) -> Iterator[dict[str, object]]:
-    """A line a net and a form on every data set that a paper reports on and no run is on."""
-    for data in sorted({data for _, data, _, _ in reports_of(paper)} - {data for name, data in measured if name == paper}):
+    """A line a net that no run has trained on the data set of its report, and a line a form where no run is on that at all."""
+    for data in sorted({data for _, data, _, _ in reports_of(paper)}):
         config, whole = full(paper, data)
-        nets = {} if config.grid.depths else {f"{name}, {ERROR}": _number(setting.net) for name, setting in whole.items()}
-        forms = {form.criterion: form.statement for name, form in config.criteria.items() if name not in ACCURACIES}
+        ran = {name for name in whole if (paper, data, name) in measured}
+        nets = {} if config.grid.depths else {f"{name}, {ERROR}": _number(whole[name].net) for name in whole if name not in ran}
+        forms = {} if ran else {form.criterion: form.statement for name, form in config.criteria.items() if name not in ACCURACIES}
         for what, published in {**nets, **forms}.items():
             yield {
                 **_of_paper(config, data),

@@ -88,6 +88,15 @@ def test_what_was_measured_at_another_scale_is_compared_with_nothing(tmp_path: P
     assert (lines.xs("he2016")["published"] == "> 60").sum() == 1
 
 
+def test_nets_that_the_scale_leaves_out_are_told_not_to_be_run(tmp_path: Path) -> None:
+    finished_run(tmp_path / "results", "reproduction/he2016", data="cifar10")
+    lines = csv(Shelf(tmp_path / "results", tmp_path / "nowhere"), tmp_path).query("paper == 'he2016'")
+    told = lines.set_index("what")["verdict"]
+    assert len(told) == len(lines) == 13  # ten nets and three orders
+    assert told["ResNet-110, test error, %"] == told["plain-110, test error, %"] == reproduction.NOT_RUN
+    assert told["ResNet-56, test error, %"].startswith("not compared: cifar10")
+
+
 def test_an_error_measured_as_published_has_the_verdict_of_its_form() -> None:
     paper = "reproduction/nokland2019"
     stamp = {"data": "mnist", "data_requested": "mnist", "scale": "paper", "train_images": 60_000}
