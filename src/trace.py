@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -233,12 +234,13 @@ def exported(model: nn.Module, inputs: Tensor) -> GraphModule:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch.export prints where it fails, and without the call for a whole encoder layer, which has no derivative."""
+    """Without what torch.export prints and warns of, and without the call for a whole encoder layer, which has no derivative."""
     fast, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
     logging.disable(logging.CRITICAL)
     try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -72,7 +72,8 @@ def test_norms_and_ranks_of_a_product(d, seed):
     A, B = gaussian(d, d, seed=seed), of_rank(max(1, d // 2), d, d, seed + 7)
     product, a, b = spectrum(A @ B), spectrum(A), spectrum(B)
     assert product.norm <= a.norm * b.norm * (1 + 1e-12)
-    assert product.rank <= min(a.rank, b.rank)
+    rounding = d * torch.finfo(torch.float64).eps * a.norm * b.norm  # of the product, which may exceed its own τ
+    assert (product.values > 2 * rounding).sum() <= min(a.rank, b.rank)
     assert product.norm >= a.smallest * b.norm * (1 - 1e-12)
 
 

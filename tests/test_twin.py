@@ -82,6 +82,7 @@ def test_torchs_own_hooks_are_part_of_the_model():
     assert torch.equal(copied(normal(3, 8)), model(normal(3, 8)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
 def test_wrappers_are_taken_off(wrap):
     model = chain()
@@ -89,7 +90,7 @@ def test_wrappers_are_taken_off(wrap):
     assert certify(wrap(model), normal(3, 8), LABELS).layers["stage"].unique().tolist() == ["0", "1"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
