@@ -69,10 +69,15 @@ def courses(rows: pd.DataFrame) -> pd.DataFrame:
     Returns: a row a training; columns hidden_layers, net_seed, steps, lowest_early, lowest, rise.
     """
     layers = pick(rows, "activation_p98", part="long")
+    return courses_of(layers[layers["layer"] == layers["depth"] - 1])
+
+
+def courses_of(percentiles: pd.DataFrame) -> pd.DataFrame:
+    """The same of the percentiles alone, a row a training and step."""
     found = []
-    for (depth, seed), top in layers[layers["layer"] == layers["depth"] - 1].groupby(["depth", "net_seed"]):
+    for (depth, seed), top in percentiles.groupby(["depth", "net_seed"]):
         course = top.sort_values("step").set_index("step")["value"]
         early, late = course[: course.index.max() / 2], course[course.idxmin() :]
         where = {"hidden_layers": int(depth) - 1, "net_seed": seed, "steps": int(course.index.max())}
         found.append({**where, "lowest_early": early.min(), "lowest": course.min(), "rise": late.max() - course.min()})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=["hidden_layers", "net_seed", "steps", "lowest_early", "lowest", "rise"])

@@ -291,7 +291,7 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "rate": _by_setting(nets, np.exp(nets["rate"]) / nets["chi"] - 1),
         "chi_decides": _by_setting(nets, nets["rate"]),
         "depth_scale": _by_setting(known, known["rate"] / np.log(known["chi"])),
-        "trainable_depth": _trainable_depth(rows, criteria["trainable_depth"]),
+        "trainable_depth": trainable_depth_cells(rows, criteria["trainable_depth"]),
         "early_layers_locked": _lags(rows),
         "weight_gradient_hides": _hidden(rows),
     }
@@ -373,7 +373,7 @@ def trainable_depths(rows: pd.DataFrame, share_of_best: float) -> pd.DataFrame:
     return scales.assign(reached=reached, failed=failed, n=seeds)
 
 
-def _trainable_depth(rows: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+def trainable_depth_cells(rows: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     """The depth that training reaches, in units of ξ, where gradients vanish (χ < 1)."""
     cells = []
     for edge in trainable_depths(rows, **criterion.given).query("chi < 1").itertuples():

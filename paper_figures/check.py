@@ -15,7 +15,8 @@ and both bounded: the interval of 95% of the difference of two independent estim
   with 95% at once (Bonferroni, Student's t with n − 1 degrees of freedom), so that chance alone breaks one of them in at most 5%;
 - **not reproduced**: everything else: opposite verdicts, or one lost or won with numbers that tell against each other.
 
-Forms that the reference did not measure leave nothing to reproduce and are told as that.
+Forms that the reference did not measure leave nothing to reproduce and are told as that. Rows of the papers that are reproduced are not
+compared: what they are held to is what was published.
 """
 
 import importlib

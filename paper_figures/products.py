@@ -9,7 +9,7 @@ from paper_figures.sidecar import Product, tabular
 from paper_figures.sources import EXPERIMENTS, Shelf, Source, lacking, require_one
 
 # a table of all claims, by the module that makes it: each has `product(shelf, mixed)`
-TABLES = ("ledger", "seeds", "published", "zoo", "cost")
+TABLES = ("ledger", "seeds", "published", "reproduction", "zoo", "cost")
 FIGURES = ("overview", *EXPERIMENTS)
 NAMES = (*FIGURES, *TABLES, "numbers", "summary")
 

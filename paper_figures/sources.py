@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -210,9 +210,28 @@ class Shelf:
         runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
         return runs or ([committed] if committed.files else [])
 
+    def papers(self, experiment: str) -> list[Source]:
+        """Of an experiment that reproduces papers the newest finished run of each, on each data set at each scale, else the committed rows.
+
+        Raises: UserError when a run can't be told to be finished.
+        """
+        names = sorted(file.stem for file in (self.reference / experiment).glob("*.parquet"))
+        committed = [replace(self.committed(f"{experiment}/{name}"), experiment=experiment) for name in names]
+        runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
+        newest = {_paper(source): source for source in (*committed, *runs)}
+        return [source for _, source in sorted(newest.items())]
+
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""
         return Source(experiment, *(self.reference / f"{experiment}.{kind}" for kind in ("parquet", "json", "provenance.json")))
+
+
+def _paper(source: Source) -> tuple[str, ...]:
+    """What paper rows reproduce, on which data set and scale; of damaged ones which file they are."""
+    try:
+        return tuple(map(str, row_table.read(source.rows)[["paper", "data", "scale"]].iloc[0]))
+    except (UserError, KeyError, IndexError):
+        return (str(source.rows),)
 
 
 def of_folder(folder: Path) -> Source:
@@ -222,8 +241,8 @@ def of_folder(folder: Path) -> Source:
 
 
 def stamps(rows: pd.DataFrame) -> pd.DataFrame:
-    """What rows say of their runs, once for each."""
-    return rows[["experiment", *sorted(STAMP)]].drop_duplicates()
+    """What rows say of their runs, and which paper they reproduce if they do, once for each."""
+    return rows[[column for column in ("experiment", "paper", *sorted(STAMP)) if column in rows]].drop_duplicates()
 
 
 def mixture(tables: Sequence[pd.DataFrame]) -> str:
@@ -262,11 +281,12 @@ def todays_config(rows: pd.DataFrame) -> Config:
 
     Raises: UserError when there is none.
     """
-    return _composed(*rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0])
+    experiment, data, scale, seed = rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0]
+    return composed(f"{experiment}/{rows['paper'].iloc[0]}" if "paper" in rows else experiment, data, scale, seed)
 
 
 @cache
-def _composed(experiment: str, data: str, scale: str, seed: int) -> Config:
+def composed(experiment: str, data: str, scale: str, seed: int) -> Config:
     """The config that an experiment has today."""
     # Hydra is loaded by what needs it alone
     from hydra import compose, initialize_config_dir

@@ -5,8 +5,8 @@ Imports neither torch nor wandb, so that a bad configuration is answered at once
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from dataclasses import field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +31,7 @@ Norm = Literal["none", "batch", "layer"]
 Skip = Literal["none", "original", "preactivation"]
 UNSET = cast(Any, None)
 ScaleName = Literal["smoke", "quick", "paper"]
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -90,9 +91,12 @@ class TrainingConfig:
     batch_size: Count
     epochs: Count
     max_steps: Count | None
-    schedule: Literal["cosine", "constant"]
+    schedule: Literal["cosine", "constant", "steps", "warm_steps"]
     precision: Literal["float32", "tf32", "bf16"]
     ensemble: Literal["auto"] | Count = "auto"  # how many networks train as one batched network, where an experiment trains several alike
+
+
+Settings = TypeVar("Settings", ModelConfig, TrainingConfig)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -163,6 +167,35 @@ class Criterion:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ReportedNet:
+    """A net of a publication: how it differs from the run's model and training, and the test error it is reported to have.
+
+    `published` is in percent, `published_above` a bound that the error is reported to exceed; both None where no number is given.
+    `model` and `training` are keys of the run's own that this net has otherwise.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    data: Literal["mnist", "cifar10"]  # of the report
+    published: Positive | None = None
+    published_above: Positive | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    start: Literal["drawn", "uniform"] = "drawn"  # uniform: U[−1/√n, 1/√n] (Glorot & Bengio 2010, equation 1)
+    loss: Literal["backprop", "pred", "sim", "predsim"] = "backprop"  # of every layer, or of the whole
+    auxiliary: Annotated[int, Field(strict=True, ge=0)] = 0  # hidden layers of the classifier at every layer
+    sequential: Flag = False  # one layer after the other, each for all steps
+    exit_weight: Positive | None = None  # of a classifier at every layer beside the whole's loss, fading to 0
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> "ReportedNet":
+        if self.loss == "backprop" and (self.auxiliary or self.sequential):
+            raise ValueError(f"{self.name}: auxiliary and sequential speak of local losses, not of backprop")
+        if self.loss != "backprop" and self.exit_weight is not None:
+            raise ValueError(f"{self.name}: exit_weight goes with backprop, not with local losses")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class Grid:
     """The axes that experiments vary. An experiment's file sets those that it has and reads no other: the rest are None."""
 
@@ -208,6 +241,12 @@ class Grid:
     rates: Annotated[list[Positive], Field(min_length=1)] = UNSET  # learning rates that one is chosen from, in units of training.lr
     adam_rates: Annotated[list[Positive], Field(min_length=1)] = UNSET  # the same of Adam, as they are
     published_depths: list[Depth] = UNSET  # of the nets trained to a published accuracy; none where they are not trained
+    paper: Annotated[str, Field(pattern="^[a-z]+[0-9]{4}$")] = UNSET  # that is reproduced: the name of its file
+    source: Annotated[str, Field(min_length=1)] = UNSET  # of what it reports: authors, year, table or figure
+    leaves_out: list[str] = UNSET  # what of the authors' recipe is not done here, at any scale
+    nets: Annotated[list[ReportedNet], Field(min_length=1)] = UNSET
+    trained: list[str] = UNSET  # of these nets; none: all
+    orders: dict[str, Annotated[list[Pair], Field(min_length=1)]] = UNSET  # by criterion: nets, the better first
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -262,6 +301,17 @@ def to_config(composed: DictConfig) -> Config:
         return TypeAdapter(Config).validate_python(plain)
     except ValidationError as error:
         raise UserError("; ".join(_explain(dict(e)) for e in error.errors())) from error
+
+
+def changed(settings: Settings, changes: Mapping[str, Any], where: str) -> Settings:
+    """A model or training with some of its keys changed.
+
+    Raises: UserError, naming where the changes stand and every key that is unknown, of the wrong type or out of range.
+    """
+    try:
+        return replace(settings, **changes)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{where}: {_explain(dict(e))}" for e in error.errors())) from error
 
 
 def _explain(error: dict[str, Any]) -> str:

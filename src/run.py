@@ -105,8 +105,8 @@ def check(composed: DictConfig) -> Config:
     config = to_config(composed)
     for key in ("detach", "snapshot"):
         require(config.cluster is not None or not composed[key], f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
-    name = config.claim.name
-    file = CONF / "experiment" / f"{name}.yaml"
+    name, paper = config.claim.name, config.grid.paper
+    file = own_file(name, paper)
     own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else None
     if own is None or composed.claim != own.claim:
         raise UserError("claim: stands in the experiment's own file and is not for the command line; choose with experiment=NAME")
@@ -115,12 +115,18 @@ def check(composed: DictConfig) -> Config:
             fault = "is missing" if key in own[part] else "is unknown"
             raise UserError(f"{part}.{key}: {fault}; {name} has {', '.join(sorted(own[part]))}")
     if composed.criteria != own.criteria:
-        raise UserError(f"criteria: stand in conf/experiment/{name}.yaml before anything is run and are not for the command line")
+        where = file.relative_to(CONF.parent)
+        raise UserError(f"criteria: stand in {where} before anything is run and are not for the command line")
     _refuse_other_models(composed, own)
     size = min(CATALOGUE[config.data.name].train_size, config.data.train_size or sys.maxsize)
     if config.training.batch_size > size:
         raise UserError(f"training.batch_size: {config.training.batch_size} exceeds the {size} training images of {config.data.name}")
     return config
+
+
+def own_file(name: str, paper: str | None = None) -> Path:
+    """The file of an experiment, or of the paper that it reproduces."""
+    return CONF / "experiment" / (f"{name}/{paper}.yaml" if paper else f"{name}.yaml")
 
 
 def _refuse_other_models(composed: DictConfig, own: DictConfig) -> None:
@@ -139,9 +145,10 @@ def _refuse_other_models(composed: DictConfig, own: DictConfig) -> None:
 
 
 def _experiments() -> dict[str, str]:
-    """Every experiment's name and title."""
-    files = sorted((CONF / "experiment").glob("*.yaml"))
-    return {file.stem: str(OmegaConf.load(file).claim.title) for file in files}
+    """Every experiment's name and title, those of the twelve claims first."""
+    folder = CONF / "experiment"
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    return {file.relative_to(folder).with_suffix("").as_posix(): str(OmegaConf.load(file).claim.title) for file in files}
 
 
 def _listing() -> str:

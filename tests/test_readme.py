@@ -94,7 +94,7 @@ def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> No
     if command[2] == "paper_figures":
         names = command[3:]
         table = ("tex", "md", "csv", "json")
-        kinds = {name: table if name == "ledger" else ("pdf", "svg", "png", *table) for name in names}
+        kinds = {name: table if name in TABLES else ("pdf", "svg", "png", *table) for name in names}
         assert {file.name for file in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in kinds[name]}
         assert all(str(file) in printed for file in tmp_path.iterdir())
 

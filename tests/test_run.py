@@ -16,6 +16,7 @@ from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny, table
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+PAPERS = sorted(f"reproduction/{file.stem}" for file in (CONF / "experiment/reproduction").glob("*.yaml"))
 FILES = {"config.yaml", "rows.parquet", "verdicts.json", "provenance.json", "status.json", "figure.png", "log.txt"}
 
 
@@ -39,7 +40,7 @@ def test_the_bare_command_lists_the_experiments_a_line_each(cli: CommandLine) ->
     answer = cli()
     assert (answer.code, answer.err) == (0, "")
     _, *lines, _ = answer.out.splitlines()
-    assert [line.split()[0] for line in lines] == EXPERIMENTS
+    assert [line.split()[0] for line in lines] == [*EXPERIMENTS, *PAPERS]
     assert all(len(line.split()) > 3 for line in lines)
 
 

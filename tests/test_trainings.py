@@ -1,6 +1,7 @@
 """Trainings side by side do for an experiment what `context.train` does one by one."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,11 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
     names = [f"seed {seed}" for seed in range(3)]
     alone, networks = ([each.network(each.config.model, seed) for seed in range(3)] for each in (one_by_one, together))
     expected = [one_by_one.train(network, name, seed) for seed, (network, name) in enumerate(zip(alone, names, strict=True))]
-    outcomes = train_all(together, networks, names, range(3))
+    outcomes = train_all(together, networks, names, range(3), on_step=[partial(divmod, 10 + seed) for seed in range(3)])
     assert [(outcome.status, outcome.steps) for outcome in outcomes] == [(outcome.status, outcome.steps) for outcome in expected]
     for a, b in zip(alone, networks, strict=True):
         torch.testing.assert_close(dict(b.state_dict()), dict(a.state_dict()), rtol=1e-5, atol=1e-5)
+    assert [outcome.seen for outcome in outcomes] == [{step: divmod(10 + seed, step) for step in range(1, 6)} for seed in range(3)]
     assert together.tally == one_by_one.tally
     assert list(together.tracker.curves) == list(one_by_one.tracker.curves) == names
     assert all(curve["step"] == [0, 5] for curve in together.tracker.curves.values())

@@ -22,6 +22,7 @@ from src.verdict import Verdict
 from tests.conftest import SHARED
 
 NAMES = sorted(file.stem for file in (run.CONF / "experiment").glob("*.yaml"))
+PAPERS = sorted(f"reproduction/{file.stem}" for file in (run.CONF / "experiment/reproduction").glob("*.yaml"))
 
 
 @cache
@@ -46,12 +47,17 @@ def context(name: str, *overrides: str) -> Context:
 
 
 def experiment(name: str) -> Experiment:
-    return import_module(f"experiments.{name}")
+    return import_module(f"experiments.{module(name)}")
+
+
+def module(name: str) -> str:
+    """The module of an experiment, or of the one that reproduces a paper."""
+    return name.partition("/")[0]
 
 
 def own_tests(name: str) -> ModuleType:
     """An experiment's own tests: SMALL, the overrides of a tiny run; CASES, rows made to obey or to break each criterion."""
-    return import_module(f"tests.experiments.test_{name}")
+    return import_module(f"tests.experiments.test_{module(name)}")
 
 
 def small_context(name: str, *overrides: str) -> Context:
@@ -61,7 +67,7 @@ def small_context(name: str, *overrides: str) -> Context:
 @cache
 def small_rows(name: str) -> pd.DataFrame:
     """Really measured rows on a tiny grid, measured once for all processes of the tests; not to be written to."""
-    file = Path(os.environ[SHARED], f"{name}.pickle")
+    file = Path(os.environ[SHARED], f"{name.replace('/', '-')}.pickle")
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             experiment(name).measure(small_context(name)).to_pickle(file)

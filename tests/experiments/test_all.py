@@ -66,7 +66,7 @@ class Recorder(Silent):
 
 
 # those that look at networks along the way, leave parts finished, and show certificates
-@pytest.mark.parametrize("name", ["batchnorm_stabilization", "residual_unlock", "sigmoid_saturation"])
+@pytest.mark.parametrize("name", ["batchnorm_stabilization", "residual_unlock", "sigmoid_saturation", "reproduction/glorot2010"])
 def test_a_killed_run_goes_on_and_gives_the_same_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chance, write = random.Random(0), Checkpoint.write
     left = 0

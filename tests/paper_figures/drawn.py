@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from src import rows as row_table
 from src.experiment import stamp_of
-from tests.experiments.measured import experiment, small_context, small_rows, verdicts
+from tests.experiments.measured import experiment, module, small_context, small_rows, verdicts
 
 PROVENANCE = {"wall_time_s": 1.0, "training_seconds": {}, "device": "a CPU", "versions": {"torch": "0.0"}}
 
@@ -32,7 +32,7 @@ def parquet(name: str, run: str = "a-run", fallback: bool = False, **stamp: obje
 
 def finished_run(results: Path, name: str, run: str = "a-run", data: str = "digits", fallback: bool = False) -> Path:
     """Put a finished run into a results folder; return its rows."""
-    folder = results / name / ("mnist" if fallback else data) / "smoke" / f"seed0-{run}"
+    folder = results / module(name) / ("mnist" if fallback else data) / "smoke" / f"seed0-{run}"
     folder.mkdir(parents=True)
     (folder / "rows.parquet").write_bytes(parquet(name, run, fallback, data=data, **({} if fallback else {"data_requested": data})))
     (folder / "verdicts.json").write_text(json.dumps([asdict(verdict) for verdict in verdicts(name, small_rows(name)).values()]))
@@ -42,13 +42,13 @@ def finished_run(results: Path, name: str, run: str = "a-run", data: str = "digi
 
 
 def read(name: str, folder: Path, fallback: bool = False) -> pd.DataFrame:
-    file = folder / f"{name}.parquet"
+    file = folder / "rows.parquet"
     file.write_bytes(parquet(name, fallback=fallback))
     return row_table.read(file)
 
 
 def draw(name: str, rows: pd.DataFrame) -> Figure:
-    return importlib.import_module(f"paper_figures.{name}").draw(rows)
+    return importlib.import_module(f"paper_figures.{module(name)}").draw(rows)
 
 
 def cut_off(figure: Figure) -> list[str]:

@@ -165,7 +165,7 @@ def test_a_table_for_print_has_the_columns_and_widths_asked_for() -> None:
 @pytest.mark.skipif(not shutil.which("lualatex"), reason="NOT TESTED: no lualatex is here")
 def test_latex_takes_every_table_and_the_macros(tmp_path: Path) -> None:
     """In draft mode, without fonts: what is tested is that nothing is left unescaped."""
-    names = ("ledger", "seeds", "published", "zoo", "cost", "numbers")
+    names = (*products.TABLES, "numbers")
     for name in names:
         (tmp_path / f"{name}.tex").write_text(products.produce(name, REFERENCE, mixed=False).contents["tex"])
     packages = r"\usepackage{booktabs,longtable,amsmath}"
