@@ -14,8 +14,8 @@ from tests.sweep.conftest import ARGUMENTS
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """As they were."""
-    before = {number: signal.getsignal(number) for number in launch.INTERRUPTING}
+    """As in a terminal, whatever they were, and are again afterwards: a shell's background processes ignore some."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in launch.INTERRUPTING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
