@@ -332,8 +332,11 @@ def _of_rows(
     lengths = torch.where(kept, gram.diagonal().sqrt()[rows], 0).to(dtype)
     slopes = torch.where(kept, s.gather(1, rows), torch.inf).to(dtype).unsqueeze(1)
     wrong = k * torch.finfo(dtype).eps * (M.square().sum(1) * lengths.square()).sum(1)
-    found = largest(*_inverses(M, slopes), (start.gather(1, rows) * kept).to(dtype), ROUGH)
-    y = torch.zeros_like(s).scatter(1, rows, found.vector.to(s) * kept)
+    push, pull = _inverses(M, slopes)
+    found = largest(push, pull, (start.gather(1, rows) * kept).to(dtype), ROUGH)
+    # its share of σ_i ≫ σ_r, which the inverse hardly sees and the product with L does, falls by (σ_r/σ_i)²
+    vector = pull(push(found.vector)) / found.value.square().unsqueeze(1)
+    y = torch.zeros_like(s).scatter(1, rows, vector.to(s) * kept)
     # what is wrong with y counts by its square
     beyond = torch.where(wrong <= ROUGH**0.5, (1 - wrong) / _frobenius(M, slopes).squeeze(1), 0)
     return ((s * y) @ L).norm(dim=1) / y.norm(dim=1), beyond.to(s)

@@ -152,6 +152,20 @@ def test_the_active_subspace_of_rows_that_are_nearly_the_same(apart, told):
     assert ((found.active.lo <= truth) & (truth <= found.active.hi) & (found.active.lo > truth / 8)).all()
 
 
+@pytest.mark.parametrize("least", [1e-1, 1e-2, 1e-4])
+def test_the_active_subspace_where_half_of_the_singular_values_are_small(least):
+    """Many large ones, of which the vector of σ_r holds a rest."""
+    values = torch.cat([torch.ones(32), least * torch.linspace(2, 1, 32)]).double()
+    W = torch.linalg.qr(normal(64, 64).double()).Q * values @ torch.linalg.qr(normal(64, 64, seed=1).double()).Q
+    stage = dense(matrix_stage(W), normal(8, 64).double())
+    J = replace(stage, slopes=(normal(8, 64, seed=2) < 1.3).double())
+    [found] = extremes([J], normal(1, 8, 64, seed=3).double())
+    rank = (J.slopes != 0).sum(1)
+    truth = torch.linalg.svdvals(J.jacobians()).gather(1, rank.unsqueeze(1) - 1).squeeze(1)
+    torch.testing.assert_close(found.active.value, truth, rtol=ROUGH, atol=0)
+    assert ((found.active.lo <= truth) & (truth <= found.active.hi)).all()
+
+
 def test_the_products_of_several_stages_at_once():
     weights = [normal(m, 6, seed=m) for m in (4, 6, 9)]
     slopes = [normal(5, m, seed=2 * m) for m in (4, 6, 9)]
