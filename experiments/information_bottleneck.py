@@ -211,7 +211,7 @@ def _against_prediction(rows: pd.DataFrame, init: str) -> pd.DataFrame:
     cells = []
     for (activation, nets), code in product(kept.groupby("activation"), codes):
         pairs = nets[[code, width]] / [PREDICTED[init](code / width), 1]
-        log = jackknife(lambda energies: np.log(energies[:, 0].mean() / energies[:, 1].mean()), pairs)
+        log = jackknife(lambda energies: np.log(energies[..., 0].mean(-1) / energies[..., 1].mean(-1)), pairs)
         ratio = replace(log, value=np.exp(log.value), lo=np.exp(log.lo), hi=np.exp(log.hi))
         cells.append(cell(ratio, activation=activation, code=code))
     return pd.DataFrame(cells)

@@ -122,6 +122,7 @@ class ClusterConfig:
 
     jobs: Count  # into so many jobs at most a sweep is split
     at_once: Count | None  # runs that a job works on at the same time, sharing its GPUs; None: one a CPU
+    runs: dict[ScaleName, Count] = field(default_factory=dict)  # a job's fewest, by scale (1): short ones share its start
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
 """Which columns of a table foretell another: rank correlations, and the prediction of groups that were left out."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,22 +12,27 @@ from scipy.stats import rankdata
 from src.statistics import Estimate, jackknife
 
 
-def rank_correlation(x: ArrayLike, y: ArrayLike, strata: ArrayLike | None = None) -> float:
+def rank_correlation(x: ArrayLike, y: ArrayLike, strata: ArrayLike | None = None) -> Float64[np.ndarray, "*samples"] | np.float64:
     """Spearman's ρ; 0 where all x or all y are equal, and so order nothing. Ties share their mean rank, infinities are the extremes.
 
-    Given strata, what is ranked is compared within each alone: ranks run from −½ to ½ in every stratum.
+    Args:
+        x: n draws, along the last axis of one or more samples.
+        y: as many, of the same draws.
+        strata: what is held fixed: what is ranked is compared within each stratum alone, where ranks run from −½ to ½.
     """
-    a, b = (_centred_ranks(np.asarray(values), np.zeros(np.size(values)) if strata is None else np.asarray(strata)) for values in (x, y))
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale else 0.0
+    a, b = (_centred_ranks(values, strata) for values in (x, y))
+    scale = np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
+    return np.clip(np.divide(np.vecdot(a, b), scale, out=np.zeros_like(scale), where=scale != 0), -1, 1)
 
 
-def _centred_ranks(values: np.ndarray, strata: np.ndarray) -> Float64[np.ndarray, " n"]:
-    ranks = np.empty(values.size)
-    for stratum in np.unique(strata):
-        here = strata == stratum
-        ranks[here] = (rankdata(values[here]) - (here.sum() + 1) / 2) / here.sum()
-    return ranks
+def _centred_ranks(values: ArrayLike, strata: ArrayLike | None) -> np.ndarray:
+    ranks = rankdata(values, axis=-1)
+    n = ranks.shape[-1]
+    if strata is None:
+        return (ranks - (n + 1) / 2) / n
+    # first by stratum, then by value
+    first, last = (rankdata(strata, method, axis=-1) for method in ("min", "max"))
+    return (rankdata(first * (n + 1) + ranks, axis=-1) - (first + last) / 2) / (last - first + 1)
 
 
 def association(x: ArrayLike, y: ArrayLike, strata: ArrayLike | None = None) -> Estimate:
@@ -42,15 +47,15 @@ def association(x: ArrayLike, y: ArrayLike, strata: ArrayLike | None = None) -> 
         strata: what is held fixed, of the same draws.
     """
     draws = np.column_stack([x, y] if strata is None else [x, y, strata])
-    found = jackknife(lambda draws: rank_correlation(*draws.T), draws)
+    found = jackknife(lambda samples: rank_correlation(*np.moveaxis(samples, -1, 0)), draws)
     return replace(found, lo=max(found.lo, -1.0), hi=min(found.hi, 1.0))
 
 
 def association_gain(better: ArrayLike, worse: ArrayLike, target: ArrayLike) -> Estimate:
     """ρ(better, target) − ρ(worse, target) over the same draws, by the jackknife."""
 
-    def gain(draws: np.ndarray) -> float:
-        first, second, reached = draws.T
+    def gain(samples: np.ndarray) -> np.ndarray | np.float64:
+        first, second, reached = np.moveaxis(samples, -1, 0)
         return rank_correlation(first, reached) - rank_correlation(second, reached)
 
     return jackknife(gain, np.column_stack([better, worse, target]))
@@ -75,8 +80,9 @@ def predict_left_out(table: pd.DataFrame, columns: Sequence[str], target: str, g
         raise ValueError(f"a nested choice needs three groups, got {table[group].nunique()}")
     parts = []
     for others, left_out in _folds(table, group):
-        chosen = _choose(_folds(others, group), columns, target)
-        parts.append(left_out.assign(predicted=_predict(others, left_out, chosen, target), chosen=" + ".join(chosen)))
+        chosen = _choose([Fold.of(*inner, columns, target) for inner in _folds(others, group)], columns)
+        fold = Fold.of(others, left_out, columns, target)
+        parts.append(left_out.assign(predicted=fold.predicted(chosen), chosen=" + ".join(chosen)))
     return pd.concat(parts)
 
 
@@ -85,11 +91,43 @@ def _folds(table: pd.DataFrame, group: str) -> list[tuple[pd.DataFrame, pd.DataF
     return [(table.drop(left_out.index), left_out) for _, left_out in table.groupby(group)]
 
 
-def _choose(folds: Sequence[tuple[pd.DataFrame, pd.DataFrame]], columns: Sequence[str], target: str) -> list[str]:
+@dataclass(frozen=True)
+class Fold:
+    """What is known of some draws, and of those whose target is foretold from it: by name, the percentiles of their columns.
+
+    Attributes:
+        known, wanted: the columns, as shares of what is known.
+        target: that of the known.
+        reached: that of the wanted, to score with.
+    """
+
+    known: Mapping[str, np.ndarray]
+    wanted: Mapping[str, np.ndarray]
+    target: np.ndarray
+    reached: np.ndarray
+
+    @classmethod
+    def of(cls, known: pd.DataFrame, wanted: pd.DataFrame, columns: Sequence[str], target: str) -> "Fold":
+        """Take the columns and the target from two tables."""
+        known_parts, wanted_parts = ({name: _percentiles(known[name], part[name]) for name in columns} for part in (known, wanted))
+        return cls(known_parts, wanted_parts, known[target].to_numpy(), wanted[target].to_numpy())
+
+    def predicted(self, chosen: Sequence[str]) -> Float64[np.ndarray, " n"]:
+        """The target of the wanted, by least squares on the known."""
+        design, wanted = (
+            np.column_stack([np.ones(len(of)), *(parts[name] for name in chosen)])
+            for of, parts in ((self.target, self.known), (self.reached, self.wanted))
+        )
+        weights, *_ = np.linalg.lstsq(design, self.target, rcond=None)
+        # equal draws are to tie whatever the rounding
+        return (wanted @ weights).round(9)
+
+
+def _choose(folds: Sequence[Fold], columns: Sequence[str]) -> list[str]:
     """Forward selection: add the column that predicts the groups left out best, while it predicts them better."""
 
     def score(chosen: Sequence[str]) -> float:
-        return float(np.mean([rank_correlation(_predict(known, wanted, chosen, target), wanted[target]) for known, wanted in folds]))
+        return float(np.mean([rank_correlation(fold.predicted(chosen), fold.reached) for fold in folds]))
 
     chosen, best = list[str](), -np.inf
     while rest := [column for column in columns if column not in chosen]:
@@ -99,15 +137,6 @@ def _choose(folds: Sequence[tuple[pd.DataFrame, pd.DataFrame]], columns: Sequenc
             break
         chosen, best = [*chosen, first], scores[first]
     return chosen
-
-
-def _predict(known: pd.DataFrame, wanted: pd.DataFrame, chosen: Sequence[str], target: str) -> Float64[np.ndarray, " n"]:
-    def design(table: pd.DataFrame) -> np.ndarray:
-        return np.column_stack([np.ones(len(table)), *(_percentiles(known[column], table[column]) for column in chosen)])
-
-    weights, *_ = np.linalg.lstsq(design(known), known[target].to_numpy(), rcond=None)
-    # equal draws are to tie whatever the rounding
-    return (design(wanted) @ weights).round(9)
 
 
 def _percentiles(known: pd.Series, values: pd.Series) -> Float64[np.ndarray, " n"]:

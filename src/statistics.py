@@ -112,13 +112,14 @@ def widening(freedom: ArrayLike, m: int, confidence: float = 0.95) -> Float64[np
     return np.where(f > 0, stats.t.isf(missed / m, np.maximum(f, 1)) / stats.t.isf(missed, np.maximum(f, 1)), 1.0)
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], draws: ArrayLike, confidence: float = 0.95) -> Estimate:
+def jackknife(statistic: Callable[[np.ndarray], np.ndarray | np.float64], draws: ArrayLike, confidence: float = 0.95) -> Estimate:
     """A smooth statistic θ̂ of n draws with θ̂ ± t_{n−1,(1+c)/2} · √((n−1)/n Σ(θ̂₍ᵢ₎ − θ̄)²) (Tukey; Efron & Tibshirani 1993, equation 11.5).
 
     Unlike the bootstrap it draws no random numbers.
 
     Args:
-        statistic: of an array with a row a draw; θ̂₍ᵢ₎ is its value without row i.
+        statistic: of arrays [..., n, columns] with a row a draw (or [..., n] of plain numbers), over which it goes at once; θ̂₍ᵢ₎ is its
+            value without row i.
         draws: n rows; infinities may stand in them where the statistic takes them.
         confidence: c, in (0, 1).
 
@@ -128,9 +129,9 @@ def jackknife(statistic: Callable[[np.ndarray], float], draws: ArrayLike, confid
     n = len(rows)
     if n < 2:
         raise ValueError(f"a jackknife needs two draws, got {n}")
-    without = np.array([statistic(np.delete(rows, i, axis=0)) for i in range(n)])
-    error = without.std() * np.sqrt(n - 1)
-    return _around(float(statistic(rows)), error, n - 1, n, confidence, "jackknife, t")
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    error = np.std(statistic(rows[others])) * np.sqrt(n - 1)
+    return _around(float(statistic(rows)), float(error), n - 1, n, confidence, "jackknife, t")
 
 
 def least(values: ArrayLike) -> Estimate:

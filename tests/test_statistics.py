@@ -1,6 +1,7 @@
 """Intervals against hand formulas, their coverage by simulation, and what they refuse."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -182,8 +183,13 @@ def test_confidence_is_a_fraction(confidence: float) -> None:
         t_interval(SAMPLE, confidence)
 
 
+def each(statistic: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndarray]:
+    """A statistic of one sample, of each of many."""
+    return lambda samples: np.array([statistic(one) for one in samples.reshape(-1, *samples.shape[-2:])]).reshape(samples.shape[:-2])
+
+
 def test_the_jackknife_of_a_mean_is_the_t_interval() -> None:
-    assert numbers(jackknife(np.mean, SAMPLE)) == pytest.approx(numbers(t_interval(SAMPLE)), rel=1e-12)
+    assert numbers(jackknife(lambda samples: samples.mean(-1), SAMPLE)) == pytest.approx(numbers(t_interval(SAMPLE)), rel=1e-12)
 
 
 def test_the_jackknife_agrees_with_the_bootstrap_on_a_difference_of_correlations() -> None:
@@ -194,7 +200,7 @@ def test_the_jackknife_agrees_with_the_bootstrap_on_a_difference_of_correlations
     def difference(rows: np.ndarray) -> float:
         return stats.spearmanr(rows[:, 0], rows[:, 2]).statistic - stats.spearmanr(rows[:, 1], rows[:, 2]).statistic
 
-    found = jackknife(difference, draws)
+    found = jackknife(each(difference), draws)
     bootstrap = np.std([difference(draws[rng.integers(150, size=150)]) for _ in range(400)])
     assert found.value == pytest.approx(difference(draws))
     assert (found.hi - found.value) / stats.t.ppf(0.975, 149) == pytest.approx(bootstrap, rel=0.2)
@@ -209,14 +215,14 @@ def test_the_jackknife_covers_a_difference_of_correlations() -> None:
 
     for _ in range(100):
         common, a, b = rng.normal(size=(3, 25))
-        found = jackknife(difference, np.column_stack([common + a, common + b, common]))  # the two have equal correlations
+        found = jackknife(each(difference), np.column_stack([common + a, common + b, common]))  # the two have equal correlations
         covered.append(found.lo <= 0 <= found.hi)
     assert np.mean(covered) == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 100))
 
 
 def test_one_draw_has_no_jackknife() -> None:
     with pytest.raises(ValueError, match="two draws"):
-        jackknife(np.mean, [1.0])
+        jackknife(lambda samples: samples.mean(-1), [1.0])
 
 
 def test_paired_values_are_those_of_the_same_seed():

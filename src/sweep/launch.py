@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from src import code
+from src.config import ClusterConfig, ScaleName
 from src.errors import UserError
 from src.sweep import cluster
 from src.sweep.folder import Submission, Sweep, called
@@ -109,7 +111,7 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
 
     first = planned.configs[0]
     assert first.cluster is not None
-    count = min(first.cluster.jobs, math.ceil(len(missing) / (first.cluster.at_once or 1)))
+    count = _jobs(first.cluster, [planned.configs[run.config].scale.name for run in missing])
     recorded = code.submit(sweep.path / "code", first.snapshot)
     ids = [run.id for run in missing]
     jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
@@ -125,6 +127,12 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
     sweep.submitted(Submission(kind, submitted, recorded))
     told = "" if first.detach else "; Ctrl-C cancels"
     print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}{told}", flush=True)
+
+
+def _jobs(shared: ClusterConfig, scales: Sequence[ScaleName]) -> int:
+    """How many jobs share runs of these scales."""
+    at_once = shared.at_once or 1
+    return min(shared.jobs, math.ceil(sum(Fraction(1, max(at_once, shared.runs.get(scale, 1))) for scale in scales)))
 
 
 def _opened(path: Path) -> Sweep | None:

@@ -1,11 +1,12 @@
 """Contexts and rows of the experiments on the bundled digits, and rows with some of their values replaced."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -13,12 +14,12 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from src import run
-from src.config import Config, register_resolvers
+from src.config import Config, Criterion, register_resolvers
 from src.data.load import Data, load
 from src.experiment import Context, Experiment
 from src.rows import pick
 from src.tracking import Silent
-from src.verdict import Verdict
+from src.verdict import Verdict, decide
 from tests.conftest import SHARED
 
 NAMES = sorted(file.stem for file in (run.CONF / "experiment").glob("*.yaml"))
@@ -78,6 +79,16 @@ def verdicts(name: str, rows: pd.DataFrame) -> dict[str, Verdict]:
     """The verdicts on rows, by criterion."""
     found = experiment(name).judge(rows, config(name).criteria)
     return {verdict.claim.partition("/")[2]: verdict for verdict in found}
+
+
+def verdict(name: str, criterion: str, rows: pd.DataFrame) -> Verdict:
+    """The verdict on rows by one criterion; the others, of which there are dozens, are not decided."""
+
+    def one(claim: str, criteria: Mapping[str, Criterion], cells: Mapping[str, pd.DataFrame]) -> list[Verdict]:
+        return [decide(f"{claim}/{criterion}", criteria[criterion], cells[criterion])]
+
+    with patch.object(experiment(name), "judge_forms", one):
+        return experiment(name).judge(rows, config(name).criteria)[0]
 
 
 Values = float | Callable[[pd.DataFrame], Sequence[float]]

@@ -16,7 +16,7 @@ from src.checkpoint import Checkpoint
 from src.experiment import Context
 from src.plan import networks_and_steps
 from src.tracking import Columns, Silent
-from tests.experiments.measured import NAMES, after, config, experiment, own_tests, small_context, small_rows, verdicts
+from tests.experiments.measured import NAMES, after, config, experiment, own_tests, small_context, small_rows, verdict
 
 CASES = [(name, criterion, changes, word) for name in NAMES for criterion, changes, word in own_tests(name).CASES]
 
@@ -29,7 +29,7 @@ def test_it_has_a_module_a_figure_and_tests(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "criterion", "changes", "word"), CASES)
 def test_the_verdict_follows_the_rows(name: str, criterion: str, changes: list, word: str) -> None:
-    assert verdicts(name, after(small_rows(name), changes))[criterion].verdict == word
+    assert verdict(name, criterion, after(small_rows(name), changes)).verdict == word
 
 
 @pytest.mark.parametrize("name", NAMES)

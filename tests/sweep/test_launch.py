@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from src.config import ClusterConfig, ScaleName
 from src.errors import UserError
 from src.sweep import launch
 from src.sweep.folder import Sweep
@@ -47,6 +48,24 @@ def test_what_was_ignored_stays_so() -> None:
     with launch._interruptible():
         signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("most", "at_once", "scales", "jobs"),
+    [
+        (1000, 1, ["paper"] * 7, 7),
+        (1000, 1, ["quick"] * 7, 3),
+        (1000, 1, ["smoke"] * 10, 1),
+        (1000, 1, ["paper", "smoke"], 2),
+        (1000, 1, ["quick"] * 3 + ["smoke"] * 10, 2),
+        (1000, 4, ["paper"] * 7, 2),
+        (1000, 4, ["quick"] * 7, 2),
+        (1000, None, ["paper"] * 7, 7),
+        (5, 1, ["paper"] * 7, 5),
+    ],
+)
+def test_short_runs_share_a_job(most: int, at_once: int | None, scales: list[ScaleName], jobs: int) -> None:
+    assert launch._jobs(ClusterConfig(most, at_once, {"smoke": 10, "quick": 3}), scales) == jobs
 
 
 def test_jobs_that_slurm_refuses_are_told_and_leave_no_trace(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
