@@ -101,25 +101,28 @@ def test_a_sweep_that_everything_befalls(user: User) -> None:
     user.until(lambda: all(user.began(seed, "reached") for seed in range(6)), "the runs begin that something befalls")
     assert {node(user, seed) for seed in range(6)} == {"1", "2", "3"}
 
-    # the launcher is killed, a job cancelled; a node crashes, and another is taken for dead while its run goes on
+    # the launcher is killed, and a job cancelled
     launcher.kill()
     crashing, cancelled, timed_out = sorted((3, 4, 5), key=lambda seed: node(user, seed) == node(user, 0))
     user.order("go on", cancelled)
     slurm_says(user, "scancel", job(user, cancelled))
-    unseen, crashed = node(user, 0), node(user, crashing)
-    os.kill(slurmd := slurmd_of(user, unseen), signal.SIGSTOP)
+
+    # a node crashes, and comes back when its run has been begun elsewhere
+    crashed = node(user, crashing)
     subprocess.run([control, "kill", crashed], check=True)
     watching = user.start("src.sweep", "resume", user.sweep().name)
-    see(user, crashed, "down")
-    # others wait for the nodes that are left: unless its run has begun there already, it may not go on where it was
-    elsewhere = ["scontrol", "update", f"JobId={job(user, crashing)}", f"ExcNodeList=node{crashed}"]
-    subprocess.run(elsewhere, env=dict(user.environment), check=False)
+    user.until(lambda: user.began(crashing, "reached") == 2, "the run of the crashed node is begun elsewhere")
+    assert len({attempt.told()["host"] for attempt in user.attempts(crashing)}) == 2
     subprocess.run([control, "start", crashed], check=True)
-    user.until(lambda: len(user.attempts(0)) == 2 and user.began(crashing, "reached") == 2, "the runs of both nodes are begun elsewhere")
+
+    # another is taken for dead while its run goes on
+    unseen = node(user, 0)
+    os.kill(slurmd := slurmd_of(user, unseen), signal.SIGSTOP)
+    see(user, unseen, "down")
+    user.until(lambda: len(user.attempts(0)) == 2, "its run has a copy elsewhere")
     user.order("go on", 0)
     user.until(lambda: user.attempts(0)[1].outcome == "done", "the copy finds the run finished by the first")
     assert user.began(0) == 1
-    assert len({attempt.told()["host"] for attempt in user.attempts(crashing)}) == 2
     os.kill(slurmd, signal.SIGCONT)
 
     # a time limit is reached, and a job preempted by a higher partition
