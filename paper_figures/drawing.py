@@ -1,7 +1,5 @@
 """Drawing many figures and tables, in as many processes as there are cores; one that fails is told and leaves the others alone."""
 
-import multiprocessing
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,11 +15,9 @@ from paper_figures.sidecar import shown, write
 from paper_figures.sources import Shelf
 from src import code
 from src.errors import UserError
+from src.processes import PROCESSES, cpus
 
 DEFAULT = Path("results")
-# a server imports what figures import, once, and each worker is a copy of it; libraries of other systems break in copies.
-# No worker is a copy of this process, whose libraries may have threads that read rows
-PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
 PRELOADED = ["paper_figures.overview", "src.run"]
 
 
@@ -67,14 +63,9 @@ def draw_all(names: Sequence[str], shelf: Shelf, out: Path, mixed: bool, page: b
     return 1 if faults else 0
 
 
-def workers(count: int) -> int:
-    """Processes for so many things to draw."""
-    return min(count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def _each(names: Sequence[str], draw: partial) -> Iterator[Drawn]:
     """What comes of each name, in order."""
-    if (processes := workers(len(names))) == 1:
+    if (processes := min(len(names), cpus())) == 1:
         yield from map(draw, names)
         return
     PROCESSES.set_forkserver_preload(PRELOADED)

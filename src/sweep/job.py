@@ -4,10 +4,8 @@ A run is a process of its own so that it may die in whatever way without taking 
 submitit's handler requeues it, and the runs, killed, are begun again.
 """
 
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -18,13 +16,12 @@ from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
 from src.code import SUBMITTED, Code
+from src.processes import PROCESSES, cpus
 from src.sweep.folder import Attempt, Outcome, Sweep
 from src.sweep.plan import Run
 from src.sweep.work import begin
 
 PAUSE = 0.1  # seconds between two looks at the runs
-# a server imports what runs import, once, and each run is a copy of it; libraries of other systems break in copies
-PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
 PROCESSES.set_forkserver_preload(["src.sweep.imports"])
 ORPHANED = 255  # what multiprocessing says of a process whose server is gone, be it alive or not
 # by the exit code of python -m src.run
@@ -139,8 +136,4 @@ def _at_once() -> int:
     """As many runs as there are CPUs for their threads."""
     outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a number a level
     threads = int(outermost) if outermost.isdecimal() else 1  # what it doesn't understand it passes over
-    return max(1, _cpus() // max(1, threads))
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus() // max(1, threads))

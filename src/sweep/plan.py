@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from src import run
-from src.config import Config, require
+from src.config import Config, register_resolvers, require
 from src.data.files import data_root, present
 from src.errors import UserError
+from src.processes import PROCESSES, cpus
 from src.results import decisive, hash_of
+
+WORTH_A_PROCESS = 8  # configs: about what one takes to start
 
 
 @dataclass(frozen=True)
@@ -57,28 +61,23 @@ def plan(arguments: Sequence[str]) -> Plan:
     Raises: UserError when a run's config is wrong, or its data are not on this machine.
     """
     with initialize_config_dir(str(run.CONF), version_base="1.3"):
-        configs: dict[tuple[str, ...], int] = {}
-        checked: list[Config] = []
-        plain: list[dict[str, Any]] = []
-        runs: dict[str, Run] = {}
-        launcher: dict[str, Any] = {}
-        for overrides in _combinations(arguments):
-            others, seed = _without_seed(overrides)
-            if others not in configs:
-                configs[others] = len(checked)
-                config, launcher = _compose(others)
-                checked.append(config)
-                plain.append(decisive(config))
-            place = configs[others]
-            if seed is None:
-                seed = checked[place].seed
-            made = Run(hash_of({**plain[place], "seed": seed}), place, seed)
-            runs.setdefault(made.id, made)
-    if not runs:
+        asked = [_without_seed(overrides) for overrides in _combinations(arguments)]
+        places = {others: place for place, others in enumerate(dict.fromkeys(others for others, _ in asked))}
+        composed = _compose_all(list(places))
+    if not composed:
         raise UserError("nothing to run: no experiment matches")
+    checked, launchers = zip(*composed, strict=True)
+    plain = [decisive(config) for config in checked]
+    runs: dict[str, Run] = {}
+    for others, seed in asked:
+        place = places[others]
+        if seed is None:
+            seed = checked[place].seed
+        made = Run(hash_of({**plain[place], "seed": seed}), place, seed)
+        runs.setdefault(made.id, made)
     for key in ("results_dir", "cluster"):
         require(len({repr(getattr(config, key)) for config in checked}) == 1, f"{key}: the same for all runs of a sweep")
-    return Plan(list(arguments), checked, list(runs.values()), launcher)
+    return Plan(list(arguments), list(checked), list(runs.values()), launchers[-1])
 
 
 def _combinations(arguments: Sequence[str]) -> list[list[str]]:
@@ -96,6 +95,22 @@ def _without_seed(overrides: list[str]) -> tuple[tuple[str, ...], int | None]:
     if not seed.isdecimal() or int(seed) >= 2**32:  # composed, and then told what is wrong
         return tuple(overrides), None
     return tuple(override for override in overrides if override != last), int(seed)
+
+
+def _compose_all(sets: Sequence[tuple[str, ...]]) -> list[tuple[Config, dict[str, Any]]]:
+    """The configs of many sets of overrides, on all CPUs where that pays."""
+    processes = min(cpus(), len(sets) // WORTH_A_PROCESS)
+    if processes < 2:
+        return [_compose(overrides) for overrides in sets]
+    PROCESSES.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(processes, PROCESSES, _start, (run.CONF,)) as pool:
+        return list(pool.map(_compose, sets))
+
+
+def _start(conf: Path) -> None:
+    """Make a process ready to compose."""
+    register_resolvers()
+    initialize_config_dir(str(conf), version_base="1.3")
 
 
 def _compose(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:

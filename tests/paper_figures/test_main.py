@@ -42,7 +42,7 @@ class Commands:
         for place in (self.results, self.reference):
             place.mkdir()
         monkeypatch.setattr(command, "HERE", folder)
-        monkeypatch.setattr(drawing, "workers", lambda _: 1)
+        monkeypatch.setattr(drawing, "cpus", lambda: 1)
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
     def __call__(self, *names: str) -> Answer:
@@ -366,9 +366,9 @@ def test_what_several_processes_draw_is_what_one_draws(tmp_path: Path, monkeypat
     """Two processes of their own against this one, byte for byte: PDF, SVG, PNG, TeX and the sidecar."""
     names = ["chain_rule", "numbers"]
     shelf = Shelf(tmp_path, HERE / "reference")
-    monkeypatch.setattr(drawing, "workers", lambda _: 2)
+    monkeypatch.setattr(drawing, "cpus", lambda: 2)
     assert drawing.draw_all(names, shelf, tmp_path / "two", mixed=False, page=False) == 0
-    monkeypatch.setattr(drawing, "workers", lambda _: 1)
+    monkeypatch.setattr(drawing, "cpus", lambda: 1)
     assert drawing.draw_all(names, shelf, tmp_path / "one", mixed=False, page=False) == 0
     files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
     assert {f"chain_rule.{kind}" for kind in KINDS} | {"numbers.tex", "numbers.json"} == set(files)

@@ -8,8 +8,9 @@ from hydra.errors import HydraException
 
 from src.errors import UserError
 from src.results import run_hash
+from src.sweep import plan as module
 from src.sweep.folder import Sweep
-from src.sweep.plan import plan
+from src.sweep.plan import Plan, plan
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.usefixtures("planned")
@@ -39,6 +40,21 @@ def test_the_same_runs_are_the_same_sweep_and_each_is_there_once() -> None:
 def test_experiments_are_found_by_a_pattern() -> None:
     made = plan(["experiment=glob(*)", "data=digits", "cluster=slurm", "scale=smoke"])
     assert len(made.runs) == len({config.claim.name for config in made.configs}) > 10
+
+
+def test_many_configs_are_composed_on_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(lr: str) -> Plan:
+        return plan(["experiment=residual_unlock", "data=digits", "seed=0,1", f"training.lr=0.1,{lr}", "cluster=slurm"])
+
+    alone = asked("0.2")
+    monkeypatch.setattr(module, "WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(module, "cpus", lambda: 2)
+    monkeypatch.setattr(module, "compose", None)  # not here
+    assert asked("0.2") == alone
+    with pytest.raises(UserError, match=r"training\.lr: Input should be greater than 0"):
+        asked("-1")
+    with pytest.raises(HydraException, match=r"Could not override 'training\.rate'"):
+        plan(["experiment=residual_unlock", "data=digits,mnist", "training.rate=1", "cluster=slurm"])
 
 
 def test_what_a_job_is_given_is_the_cluster_file_s(monkeypatch: pytest.MonkeyPatch) -> None:

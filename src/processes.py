@@ -1,0 +1,14 @@
+"""Processes beside this one: how they are started, and on how many CPUs they run."""
+
+import multiprocessing
+import os
+import sys
+
+# a server imports what the others import, once, and each is a copy of it; libraries of other systems break in copies. None is a copy of
+# this process, whose libraries may have threads
+PROCESSES = multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+
+
+def cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
