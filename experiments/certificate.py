@@ -237,15 +237,14 @@ def _bounds(certificate: Certificate, where: Row) -> Iterator[Row]:
 
 def rivals(certificate: Certificate) -> dict[str, float]:
     """What is measured of a batch beside K_back, estimated from its samples."""
-    full = np.array([values.shape[1] for values in certificate.singular_values])
-    rank = certificate.layers.pivot(index="sample", columns="index", values="rank").to_numpy()
+    share = certificate.layers["rank"] / certificate.layers["rank_full"]
     first, last = (log_rms(torch.tensor(_layer(certificate, place, "log_error_norm"))) for place in (0, -1))
     mean_square = certificate.layers.groupby("index")["mean_square"].mean()
     with np.errstate(divide="ignore"):
-        chi = float(np.log(mean_square.iloc[1:]).sum() / 2)
+        chi = float(np.log(mean_square.iloc[1:]).sum(skipna=False) / 2)
     of_stages = certificate.severity[["lambda", "lambda_nonzero", "locked"]].mean()
     return {
-        "relative_rank": float(np.median((rank / full).min(axis=1))),
+        "relative_rank": share.groupby(certificate.layers["sample"]).min().median(),
         "gradient_ratio": first - last,
         "chi": chi,
         "severity": of_stages["lambda"],
@@ -260,11 +259,17 @@ def _layer(certificate: Certificate, place: int, column: str) -> np.ndarray:
 
 
 def enclosure_error(network: nn.Sequential, inputs: torch.Tensor, certificate: Certificate) -> float:
-    """How far the certificate's σ of the first sample are from those in extended precision, in units of the error that it grants them."""
+    """How far the certificate's σ of the first sample are from those in extended precision, in units of the error that it grants them.
+
+    Only stages that were decomposed grant all their singular values one.
+    """
     chain = cut(network, None, torch.float64, "eval")
     states = chain.states(inputs.double())
     errors = []
-    for stage, state, values in zip(chain.stages, states[:-1], certificate.singular_values, strict=True):
+    methods = certificate.layers.query("sample == 0").sort_values("index")["method"]
+    for stage, state, values, method in zip(chain.stages, states[:-1], certificate.singular_values, methods, strict=True):
+        if method != "exact":
+            continue
         J = layer_jacobian(stage, state)[0].cpu().numpy()
         error = np.abs(values[0].cpu().numpy() - refined_singular_values(J)).max()
         granted = max(J.shape) * np.finfo(J.dtype).eps * float(values[0, 0])

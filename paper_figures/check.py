@@ -34,10 +34,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from paper_figures.sidecar import Product, tabular, write
-from paper_figures.sources import EXPERIMENTS, Shelf, Source, lacking, of_folder, require_one, todays_config
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, lacking, require_one, todays_config
 from src import code
 from src.errors import UserError
-from src.rows import finished_runs
 from src.statistics import widening
 from src.verdict import Verdict, phrase
 
@@ -58,7 +57,7 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
     """
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment {', '.join(unknown)} to check; there are {', '.join(EXPERIMENTS)}")
-    lines: list[tuple[Verdict, Verdict]] = []
+    lines: list[tuple[str, Verdict, Verdict]] = []
     sources, failed = [], False
     asked = names or EXPERIMENTS
     for name in asked:
@@ -67,10 +66,12 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
             if isinstance(found, str):
                 print(f"{name}: {found}")
                 continue
-            both = [(source, source.read()) for source in found]
-            lines += zip(*(judged(source, rows) for source, rows in both), strict=True)
-            sources += both
-            print(f"{name}: {found[1].rows.parent}; {rows_compared(*(rows for _, rows in both))}")
+            for pair in found:
+                both = [(source, source.read()) for source in pair]
+                data = str(both[0][1]["data"].iloc[0])
+                lines += [(data, *verdicts) for verdicts in zip(*(judged(source, rows) for source, rows in both), strict=True)]
+                sources += both
+                print(f"{name}: {pair[1].rows.parent}; {rows_compared(*(rows for _, rows in both))}")
         except UserError as error:
             failed = True
             print(f"error: {name}: {error}", file=sys.stderr)
@@ -80,35 +81,32 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
         raise UserError(f"nothing to check under {shelf.results}: no finished run at the data set and scale of the reference")
     table = told(lines)
     Console(width=None if sys.stdout.isatty() else 200).print(to_table(table))
-    print(f"{len(sources) // 2} of {len(asked)} experiments compared")
+    print(f"{len({source.experiment for source, _ in sources})} of {len(asked)} experiments compared")
     for file in write("check", Product(tabular(table), sources), out, "python -m paper_figures --check", code.commit()):
         print(file)
     return 1 if failed or (table["told"] == NOT).any() else 0
 
 
-def comparable(shelf: Shelf, experiment: str) -> tuple[Source, Source] | str:
-    """The reference and the newest finished run on its data set and at its scale; in words why there are none."""
-    reference = shelf.committed(experiment)
-    if not reference.files:
+def comparable(shelf: Shelf, experiment: str) -> list[tuple[Source, Source]] | str:
+    """The reference on each data set and the newest finished run there at its scale; in words why there are none."""
+    references = {_where(source): source for source in shelf.references(experiment)}
+    if not references:
         return "no reference rows, not compared"
-    stamp = reference.read().iloc[0]
-    others = set()
-    for folder in reversed(finished_runs(shelf.results, experiment)):
-        run = of_folder(folder)
-        found = run.read().iloc[0]
-        if (found["data"], found["scale"]) == (stamp["data"], stamp["scale"]):
-            return reference, run
-        others.add((str(found["data"]), str(found["scale"])))
-    if not others:
+    runs = {_where(run): run for run in shelf.each(experiment) if run.folder}
+    if pairs := [(reference, runs[where]) for where, reference in references.items() if where in runs]:
+        return pairs
+    if not runs:
         return f"no finished run, not compared; python -m src.run experiment={experiment}"
-    kinds = [
-        name
-        for name, one, own in zip(("data set", "scale"), zip(*others, strict=True), stamp[["data", "scale"]], strict=True)
-        if own not in one
-    ]
-    places = ", ".join(f"{data} at {scale}" for data, scale in sorted(others))
-    differ = " and ".join(kinds or ["data set or scale"])
-    return f"other {differ}: runs on {places}, reference on {stamp['data']} at {stamp['scale']}; not compared"
+    kinds = zip(("data set", "scale"), zip(*runs, strict=True), zip(*references, strict=True), strict=True)
+    differ = [kind for kind, one, own in kinds if not {*one} & {*own}]
+    ran, kept = (", ".join(f"{data} at {scale}" for data, scale in sorted(of)) for of in (runs, references))
+    return f"other {' and '.join(differ or ['data set or scale'])}: runs on {ran}, reference on {kept}; not compared"
+
+
+def _where(source: Source) -> tuple[str, str]:
+    """The data set that a run used, and its scale."""
+    rows = source.read()
+    return str(rows["data"].iloc[0]), str(rows["scale"].iloc[0])
 
 
 def judged(source: Source, rows: pd.DataFrame) -> list[Verdict]:
@@ -121,12 +119,12 @@ def judged(source: Source, rows: pd.DataFrame) -> list[Verdict]:
         return importlib.import_module(f"experiments.{source.experiment}").judge(rows, todays_config(rows).criteria)
 
 
-def told(compared: Sequence[tuple[Verdict, Verdict]]) -> pd.DataFrame:
-    """The comparison as a table, a line a form."""
+def told(compared: Sequence[tuple[str, Verdict, Verdict]]) -> pd.DataFrame:
+    """The comparison as a table, a line a form and data set."""
     lines = []
-    for reference, run in compared:
+    for data, reference, run in compared:
         word, why = compare(reference, run, len(compared))
-        line: dict[str, object] = {"claim": reference.claim, "form": reference.form, "told": word, "why": why}
+        line: dict[str, object] = {"claim": reference.claim, "form": reference.form, "data": data, "told": word, "why": why}
         for of, verdict in (("reference", reference), ("run", run)):
             line |= {of: phrase(verdict.verdict, verdict.condition), f"{of} estimate": verdict.estimate}
             line |= dict(zip((f"{of} lo", f"{of} hi"), verdict.interval, strict=True))
@@ -193,11 +191,11 @@ def to_table(lines: pd.DataFrame) -> Table:
     """The comparison for the terminal."""
     counts = Counter(lines["told"])
     table = Table(title=", ".join(f"{counts[word]} {word}" for word in COLOURS if counts[word]))
-    for heading in ("form", "reference", "run", "told"):
+    for heading in ("form", "data", "reference", "run", "told"):
         table.add_column(heading, overflow="fold")
     for line in lines.to_dict("records"):
         word = f"[{COLOURS[line['told']]}]{line['told']}[/]" + (f": {line['why']}" if line["why"] else "")
-        table.add_row(line["claim"], *(escape(_cell(line, of)) for of in ("reference", "run")), word)
+        table.add_row(line["claim"], line["data"], *(escape(_cell(line, of)) for of in ("reference", "run")), word)
     return table
 
 

@@ -198,17 +198,21 @@ class Shelf:
 
         Raises: UserError when a run can't be told to be finished.
         """
-        newest = {source.folder.parts[-3:-1] if source.folder else (): source for source in self.every(experiment)}
-        return [source for _, source in sorted(newest.items())]
+        newest = {source.folder.parts[-3:-1]: source for source in self.every(experiment) if source.folder}
+        return [source for _, source in sorted(newest.items())] or self.references(experiment)[::-1]
 
     def every(self, experiment: str) -> list[Source]:
         """All finished runs of an experiment, oldest first, else the committed rows, else nothing.
 
         Raises: UserError when a run can't be told to be finished.
         """
-        committed = self.committed(experiment)
-        runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
-        return runs or ([committed] if committed.files else [])
+        return [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)] or self.references(experiment)
+
+    def references(self, experiment: str) -> list[Source]:
+        """The committed rows of an experiment: those on further data sets, a folder each, and last those that figures are drawn from."""
+        further = sorted(f"{file.parent.name}/{experiment}" for file in self.reference.glob(f"*/{experiment}.parquet"))
+        committed = [replace(self.committed(name), experiment=experiment) for name in (*further, experiment)]
+        return [source for source in committed if source.files]
 
     def papers(self, experiment: str) -> list[Source]:
         """Of an experiment that reproduces papers the newest finished run of each, on each data set at each scale, else the committed rows.

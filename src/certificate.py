@@ -48,9 +48,10 @@ class Certificate:
         depth: the most.
         layers: a row per (sample, stage): sample, stage, index; norm (σ₁), sigma_min, rank and cond, each with _lo, _hi and _known: "exact"
             within the backward error, "enclosed" for certain, or "estimated" with probability 1 − 1e-6; cond_active, of the singular values
-            above τ alone; tau; stable_rank; rank_structural, which no rank exceeds; rank_backprop and backprop_error (‖J' − J‖_F/‖J‖_F), of
-            the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method ("exact", "factorised",
-            "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k), log_error_norm, log_grad_norm (nats);
+            above τ alone; tau; stable_rank; rank_structural, which no rank exceeds; rank_full, min(m, d); rank_backprop and backprop_error
+            (‖J' − J‖_F/‖J‖_F), of the Jacobian J' that training's own backward pass takes in its dtype, NaN where J is not known; method
+            ("exact", "factorised", "matrix_free"); error_norm (‖g_l‖), grad_norm (‖∇θ_l‖), saturation, mean_square (Σσ²/k),
+            log_error_norm, log_grad_norm (nats);
             branch_norm, σ₁ from below of the branch of a residual block, whose sum has the norm; NaN where there is no skip.
         severity: a row per stage: stage, index, lambda, lambda_nonzero, rank, stable_rank, gradient_rank, free_rank, locked, dead, kink.
         singular_values: of every J_l in the order of the stages, a row a sample.

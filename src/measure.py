@@ -166,6 +166,7 @@ def _layer_columns(
         "tau": found.tolerance,
         "stable_rank": found.stable_rank,
         "rank_structural": found.structural,
+        "rank_full": found.full,
         "rank_backprop": backpropagated.rank,
         "backprop_error": backpropagated.error,
         "method": found.method,

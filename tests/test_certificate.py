@@ -28,7 +28,7 @@ few = settings(max_examples=10, deadline=None)
 LAYERS = [
     *("sample", "stage", "index"),
     *(f"{quantity}{side}" for quantity in ("norm", "sigma_min", "rank", "cond") for side in ("", "_lo", "_hi", "_known")),
-    *("cond_active", "tau", "stable_rank", "rank_structural", "rank_backprop", "backprop_error", "method"),
+    *("cond_active", "tau", "stable_rank", "rank_structural", "rank_full", "rank_backprop", "backprop_error", "method"),
     *("error_norm", "grad_norm", "saturation"),
 ]
 LABELS = torch.tensor([0, 1, 2])

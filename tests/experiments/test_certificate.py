@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from experiments import certificate as claim
-from src import mean_field
+from src import cost, mean_field
 from src.certificate import certify
 from src.errors import UserError
 from src.experiment import Context
@@ -311,3 +312,21 @@ def test_grids_that_cannot_be_measured_are_refused(grid: str, rule: str) -> None
     lab = small_context(NAME, grid)
     with pytest.raises(UserError, match=rule):
         claim.check(lab.config, lab.data)
+
+
+@pytest.mark.parametrize("method", ["factorised", "matrix_free"])
+def test_large_stages_that_are_not_decomposed_count_by_what_is_known_of_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without all singular values Σσ² of a layer that is matrix-free isn't known, and χ with it; a factorised one tells it."""
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Linear(24, 24), nn.Tanh()) for _ in range(2))
+    net, inputs, targets = nn.Sequential(first, second, nn.Linear(24, 10)), torch.randn(4, 24), torch.arange(4)
+    known = claim.rivals(certify(net, inputs, targets))
+    monkeypatch.setattr(cost, "FACTORISED", 1e4)
+    if method == "matrix_free":
+        monkeypatch.setattr(cost, "BUDGET", 4.5e5)
+    certificate = certify(net, inputs, targets)
+    assert [*certificate.layers["method"][:3]] == [method, method, "exact"]
+    assert claim.enclosure_error(net, inputs, certificate) < 1
+    found = claim.rivals(certificate)
+    assert found["relative_rank"] == known["relative_rank"] == 10 / 10
+    assert found["chi"] == pytest.approx(known["chi"] if method == "factorised" else math.nan, rel=1e-9, nan_ok=True)

@@ -13,10 +13,12 @@ from matplotlib.collections import PathCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+from paper_figures.sources import HERE, Shelf
 from src import rows as row_table
 from src.experiment import stamp_of
 from tests.experiments.measured import experiment, module, small_context, small_rows, verdicts
 
+REFERENCE = Shelf(Path("nowhere"), HERE / "reference")
 PROVENANCE = {"wall_time_s": 1.0, "training_seconds": {}, "device": "a CPU", "versions": {"torch": "0.0"}}
 
 

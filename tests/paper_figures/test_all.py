@@ -17,7 +17,7 @@ from src import rows as row_table
 from src.errors import UserError
 from src.verdict import Verdict
 from tests.experiments.measured import NAMES, verdicts
-from tests.paper_figures.drawn import check_panels, cut_off, draw, read
+from tests.paper_figures.drawn import REFERENCE, check_panels, cut_off, draw, read
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,13 +91,12 @@ def test_what_is_cut_off_is_found(points: list[float], limits: tuple[float, floa
     assert cut_off(figure) == (["a: _child0"] if cut else [])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_committed_verdicts_are_those_of_the_committed_rows(name: str) -> None:
-    reference = HERE / "reference"
-    rows = row_table.read(reference / f"{name}.parquet")
+@pytest.mark.parametrize(("name", "file"), [(source.experiment, source.rows) for name in NAMES for source in REFERENCE.references(name)])
+def test_the_committed_verdicts_are_those_of_the_committed_rows(name: str, file: Path) -> None:
+    rows = row_table.read(file)
     assert not rows["dirty"].any()
     assert not rows["fallback"].any()
-    committed = [Verdict.of(entry) for entry in json.loads((reference / f"{name}.json").read_bytes())]
+    committed = [Verdict.of(entry) for entry in json.loads(file.with_suffix(".json").read_bytes())]
     found = verdicts(name, rows).values()
     assert [(entry.claim, entry.verdict, entry.n) for entry in found] == [(entry.claim, entry.verdict, entry.n) for entry in committed]
     estimates = [entry.estimate for entry in committed if entry.estimate is not None]

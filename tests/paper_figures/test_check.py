@@ -99,6 +99,21 @@ def test_the_same_run_is_reproduced(shelf: Shelf, tmp_path: Path, capsys: pytest
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".tex", ".md", ".csv", ".json"}
 
 
+def test_each_data_set_of_the_reference_is_compared(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(shelf.results, NAME, data="mnist").parent
+    further = shelf.reference / "mnist"
+    further.mkdir()
+    for file, kind in ("rows.parquet", "parquet"), ("verdicts.json", "json"), ("provenance.json", "provenance.json"):
+        shutil.copy(run / file, further / f"{NAME}.{kind}")
+    assert show_check(shelf, [], tmp_path / "out") == 0
+    lines = pd.read_csv(tmp_path / "out/check.csv")
+    assert lines.groupby("data").size().to_dict() == dict.fromkeys(("digits", "mnist"), len(lines) / 2)
+    shutil.rmtree(run)
+    assert show_check(shelf, [], tmp_path / "out") == 0
+    assert set(pd.read_csv(tmp_path / "out/check.csv")["data"]) == {"digits"}
+    assert "1 of 12 experiments compared" in capsys.readouterr().out
+
+
 def test_an_opposite_verdict_is_not(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

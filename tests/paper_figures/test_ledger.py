@@ -56,13 +56,16 @@ def test_a_run_on_another_data_set_has_lines_of_its_own_and_a_newer_one_replaces
     assert len(ledger(results, tmp_path)) == len(once) + len(entries)
 
 
-def test_committed_verdicts_stand_in(results: Path, tmp_path: Path) -> None:
+def test_committed_verdicts_stand_in_those_on_further_data_sets_last(results: Path, tmp_path: Path) -> None:
     run = finished_run(results, NAME).parent
-    (tmp_path / f"{NAME}.json").write_bytes((run / "verdicts.json").read_bytes())
-    (tmp_path / f"{NAME}.provenance.json").write_text("{}")
-    (tmp_path / f"{NAME}.parquet").write_bytes(parquet(NAME))
+    for place, data in (tmp_path, "digits"), (tmp_path / "cifar10", "cifar10"):
+        place.mkdir(exist_ok=True)
+        (place / f"{NAME}.json").write_bytes((run / "verdicts.json").read_bytes())
+        (place / f"{NAME}.provenance.json").write_text("{}")
+        (place / f"{NAME}.parquet").write_bytes(parquet(NAME, data=data, data_requested=data))
     lines = ledger(tmp_path / "nothing", tmp_path)
-    assert (lines["verdict"] != "not measured").sum() == len(config(NAME).criteria)
+    assert lines["data"].dropna().tolist() == [data for data in ("digits", "cifar10") for _ in config(NAME).criteria]
+    assert Shelf(tmp_path / "nothing", tmp_path).newest(NAME).rows == tmp_path / f"{NAME}.parquet"
 
 
 def test_a_fallback_is_said(results: Path, tmp_path: Path) -> None:

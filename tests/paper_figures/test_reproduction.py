@@ -14,10 +14,9 @@ from src import rows as row_table
 from src.verdict import Verdict
 from tests.experiments.measured import PAPERS, config, small_rows, verdicts
 from tests.experiments.test_reproduction import reported
-from tests.paper_figures.drawn import check_panels, cut_off, draw, finished_run, read
+from tests.paper_figures.drawn import REFERENCE, check_panels, cut_off, draw, finished_run, read
 
 COMMITTED = sorted((HERE / "reference/reproduction").glob("*.parquet"))
-REFERENCE = Shelf(Path("nowhere"), HERE / "reference")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,13 +12,11 @@ import pytest
 
 from paper_figures import cost, numbers, products, published, seeds, sidecar, summary, zoo
 from paper_figures.ledger import ledger
-from paper_figures.sources import HERE, Shelf
+from paper_figures.sources import Shelf, Source
 from src.rows import pick
 from tests.experiments.measured import NAMES
-from tests.paper_figures.drawn import finished_run
+from tests.paper_figures.drawn import REFERENCE, finished_run
 from tests.paper_figures.test_check import verdict
-
-REFERENCE = Shelf(Path("nowhere"), HERE / "reference")
 
 
 def csv(product, tmp_path: Path) -> pd.DataFrame:
@@ -90,9 +88,8 @@ def test_the_cost_is_that_of_the_provenance() -> None:
     assert line["of it training (s)"] == pytest.approx(sum(told["training_seconds"].values()), abs=0.05)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_committed_provenance_is_that_of_the_committed_rows(name: str) -> None:
-    source = REFERENCE.newest(name)
+@pytest.mark.parametrize("source", [source for name in NAMES for source in REFERENCE.references(name)], ids=lambda source: str(source.rows))
+def test_the_committed_provenance_is_that_of_the_committed_rows(source: Source) -> None:
     run, told = source.read().iloc[0], source.told()
     assert told is not None
     assert (told["commit"], told["dirty"], told["data"], told["seed"]) == (run["commit"], run["dirty"], run["data"], run["root_seed"])
