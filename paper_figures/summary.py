@@ -1,4 +1,6 @@
-"""The ledger in short, as Markdown: every form as stated with its verdict, and the precise forms counted. The README holds it."""
+"""The ledger in short, as Markdown: forms as stated with their verdicts, precise ones counted, data sets compared; for the README."""
+
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -12,7 +14,7 @@ WORDS = {"holds": "hold", "holds_if": "hold under a condition", "refuted": "refu
 
 
 def product(shelf: Shelf, mixed: bool) -> Product:
-    """The summary of the ledger, under a heading for each data set and scale."""
+    """The summary of the ledger."""
     lines, sources, complaints = ledger(shelf)
     return Product({"md": summary(lines)}, sources, complaints)
 
@@ -24,35 +26,75 @@ def committed() -> str:
 
 
 def summary(lines: pd.DataFrame) -> str:
-    """Two tables for each data set and scale that the ledger has."""
+    """Tables of all that the ledger has, by data set and scale."""
     lines = lines.dropna(subset=["data"])
-    parts = []
-    for (data, scale), own in lines.groupby(["data", "scale"]):
-        commits = ", ".join(f"{commit}, root seed {seed:.0f}" for commit, seed in own[["commit", "seed"]].drop_duplicates().to_numpy())
-        parts += [
-            f"*{data} at scale={scale}, commit {commits}.* Every form *as stated*:\n",
-            stated(own),
-            "And the precise forms, counted:\n",
-        ]
-        parts.append(counted(own))
+    if lines.empty:
+        return ""
+    lines = lines.assign(where=lines["data"] + " at scale=" + lines["scale"])
+    parts = [
+        f"*{'; '.join(_origin(where, own) for where, own in lines.groupby('where', sort=False))}.* Every form *as stated*:\n",
+        stated(lines),
+        "And the precise forms, counted:\n",
+        *(counted(own, where) for where, own in lines.groupby("where", sort=False)),
+    ]
+    if len(lines["where"].unique()) > 1:
+        parts += [f"{agreement(lines)}\n", contradictions(lines)]
     return "\n".join(parts)
 
 
+def _origin(where: str, lines: pd.DataFrame) -> str:
+    commits = ", ".join(f"{commit}, root seed {seed:.0f}" for commit, seed in lines[["commit", "seed"]].drop_duplicates().to_numpy())
+    return f"{where}, commit {commits}"
+
+
 def stated(lines: pd.DataFrame) -> str:
-    """The forms as stated, in the ledger's order."""
+    """The verdicts on the forms as stated, in the ledger's order."""
     own = lines[lines["form"] == "as_stated"]
-    return _markdown(
-        ["experiment", "as stated", "verdict"],
-        [(f"`{_experiment(line.claim)}`", piped(line.statement), _word(line.verdict, line.condition)) for line in own.itertuples()],
-    )
+    return _verdicts(own, ["experiment", "as stated"], lambda claim, statement: (f"`{_experiment(claim)}`", piped(statement)))
 
 
-def counted(lines: pd.DataFrame) -> str:
+def counted(lines: pd.DataFrame, where: str) -> str:
     """How many precise forms of each experiment have each verdict."""
     own = lines[lines["form"] == "precise"]
     counts = pd.crosstab(own["claim"].map(_experiment), own["verdict"]).reindex(columns=list(WORDS), fill_value=0)
     rows = [(f"`{experiment}`", *map(str, line)) for experiment, line in zip(counts.index, counts.to_numpy(), strict=True)]
-    return _markdown(["experiment", *WORDS.values()], [*rows, ("all", *map(str, counts.sum()))])
+    return _markdown([where, *WORDS.values()], [*rows, ("all", *map(str, counts.sum()))])
+
+
+def agreement(lines: pd.DataFrame) -> str:
+    """On how many of the forms that were measured everywhere the verdicts agree, in a sentence."""
+    everywhere = _words(lines).dropna()
+    same = everywhere.eq(everywhere.iloc[:, 0], axis=0).all(axis=1).sum()
+    return (
+        f"Of the {len(everywhere)} forms measured on each, {same} have one verdict everywhere, {_contradicts(everywhere).sum()} contradict "
+        "each other, and the others are inconclusive somewhere:"
+    )
+
+
+def contradictions(lines: pd.DataFrame) -> str:
+    """The forms that hold, be it under a condition, on one data set and are refuted on another."""
+    words = _words(lines)
+    opposed = words.index[_contradicts(words)]
+    return _verdicts(lines[lines["claim"].isin(opposed)], ["form", "statement"], lambda claim, statement: (f"`{claim}`", piped(statement)))
+
+
+def _words(lines: pd.DataFrame) -> pd.DataFrame:
+    """A verdict a form and place; holding under a condition is holding."""
+    return lines.pivot(index="claim", columns="where", values="verdict").replace("holds_if", "holds")
+
+
+def _contradicts(words: pd.DataFrame) -> pd.Series:
+    return (words == "holds").any(axis=1) & (words == "refuted").any(axis=1)
+
+
+def _verdicts(lines: pd.DataFrame, headings: list[str], told: Callable[[str, str], tuple[str, ...]]) -> str:
+    """A line a form, with its verdict everywhere."""
+    places = list(lines["where"].unique())
+    rows = []
+    for claim, own in lines.groupby("claim", sort=False):
+        words = {line.where: _word(line.verdict, line.condition) for line in own.itertuples()}
+        rows.append((*told(str(claim), own["statement"].iloc[0]), *(words.get(place, "–") for place in places)))
+    return _markdown([*headings, *(places if len(places) > 1 else ["verdict"])], rows)
 
 
 def _experiment(claim: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from paper_figures import cost, numbers, products, published, seeds, sidecar, summary, zoo
-from paper_figures.ledger import ledger
+from paper_figures.ledger import measured
 from paper_figures.sources import Shelf, Source
 from src.rows import pick
 from tests.experiments.measured import NAMES
@@ -132,12 +132,34 @@ def test_digits_in_names_become_words() -> None:
 
 
 def test_the_summary_counts_every_form_once() -> None:
-    lines, _, _ = ledger(REFERENCE)
+    lines = pd.DataFrame([line for source in map(REFERENCE.newest, NAMES) for line in measured(source.read(), source.judged())])
     text = summary.summary(lines)
     assert text.count("\n| `") == (lines["form"] == "as_stated").sum() + lines["claim"].str.partition("/")[0].nunique()
     total = next(line for line in text.splitlines() if line.startswith("| all "))
     assert sum(map(int, total.split("|")[2:-1])) == (lines["form"] == "precise").sum()
     assert summary.summary(lines.assign(verdict="holds")) != text
+    assert "forms measured on each" not in text
+    assert summary.summary(lines.iloc[:0]) == ""
+
+
+def test_the_summary_of_several_data_sets_tells_where_they_contradict_each_other() -> None:
+    words = {"one": ["holds", "holds", "refuted", "inconclusive", "holds"], "other": ["holds_if", "refuted", "holds", "holds", None]}
+    told = {"statement": "|x| ≥ 0", "condition": "n > 1", "scale": "quick", "seed": 0, "commit": "c"}
+    lines = pd.DataFrame(
+        {"claim": f"a/{form}", "form": "as_stated" if form else "precise", "verdict": word, "data": data, **told}
+        for data, verdicts in words.items()
+        for form, word in enumerate(verdicts)
+        if word
+    )
+    text = summary.summary(lines).splitlines()
+    assert text[0] == "*one at scale=quick, commit c, root seed 0; other at scale=quick, commit c, root seed 0.* Every form *as stated*:"
+    assert "| `a` | \\|x\\| ≥ 0 | holds | **refuted** |" in text
+    assert "| `a` | \\|x\\| ≥ 0 | holds | – |" in text
+    counts = (
+        "Of the 4 forms measured on each, 1 have one verdict everywhere, 2 contradict each other, and the others are inconclusive somewhere"
+    )
+    start = text.index(f"{counts}:")
+    assert [line.split(" | ")[0] for line in text[start + 2 :]] == ["| form", "| ---", "| `a/1`", "| `a/2`"]
 
 
 def test_numbers_headings_and_texts_in_latex_and_pipes() -> None:
