@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -107,7 +108,7 @@ def check(composed: DictConfig) -> Config:
         require(config.cluster is not None or not composed[key], f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
     name, paper = config.claim.name, config.grid.paper
     file = own_file(name, paper)
-    own = cast(DictConfig, OmegaConf.load(file)) if file.is_file() else None
+    own = _read(file, file.stat().st_mtime_ns) if file.is_file() else None
     if own is None or composed.claim != own.claim:
         raise UserError("claim: stands in the experiment's own file and is not for the command line; choose with experiment=NAME")
     for part in ("grid", "criteria"):
@@ -127,6 +128,12 @@ def check(composed: DictConfig) -> Config:
 def own_file(name: str, paper: str | None = None) -> Path:
     """The file of an experiment, or of the paper that it reproduces."""
     return CONF / "experiment" / (f"{name}/{paper}.yaml" if paper else f"{name}.yaml")
+
+
+@cache
+def _read(file: Path, changed: int) -> DictConfig:
+    """A file of conf/, read anew when it has changed; not to be written to."""
+    return cast(DictConfig, OmegaConf.load(file))
 
 
 def _refuse_other_models(composed: DictConfig, own: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """Launch a sweep: plan, submit what is missing, watch, tell."""
 
+import heapq
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,38 @@ INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLED = 5  # finished runs whose time tells that of their like
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the first signal to end be heard as Ctrl-C, and no other after it: jobs are being cancelled."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for signal_ in INTERRUPTING:
+            signal.signal(signal_, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with _handling(interrupt):
+        yield
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no signal to end: jobs are being cancelled."""
+    with _handling(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    # what nohup or a script's background ignores stays so
+    before = {number: signal.signal(number, handler) for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@_interruptible()
 def launch(arguments: Sequence[str], expected: str | None = None) -> int:
     """Make the runs of a command line that are missing, as jobs; return 0 when all are finished, 1 when one is not.
 
@@ -111,10 +144,9 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
 
     first = planned.configs[0]
     assert first.cluster is not None
-    count = _jobs(first.cluster, [planned.configs[run.config].scale.name for run in missing])
+    shares = _shares(first.cluster, {run.id: planned.configs[run.config].scale.name for run in missing})
     recorded = code.submit(sweep.path / "code", first.snapshot)
-    ids = [run.id for run in missing]
-    jobs = [Job(sweep.path, ids[share::count], first.cluster.at_once, recorded) for share in range(count)]
+    jobs = [Job(sweep.path, share, first.cluster.at_once, recorded) for share in shares]
     # a launcher that is killed before it can note the jobs has noted where to look for them
     noted = sweep.submitted(Submission(kind, {}, recorded))
     try:
@@ -126,13 +158,26 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
         raise
     sweep.submitted(Submission(kind, submitted, recorded))
     told = "" if first.detach else "; Ctrl-C cancels"
-    print(f"{len(missing)} runs submitted in {count} {'job' if count == 1 else 'jobs'}{told}", flush=True)
+    print(f"{len(missing)} runs submitted in {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}{told}", flush=True)
 
 
-def _jobs(shared: ClusterConfig, scales: Sequence[ScaleName]) -> int:
-    """How many jobs share runs of these scales."""
-    at_once = shared.at_once or 1
-    return min(shared.jobs, math.ceil(sum(Fraction(1, max(at_once, shared.runs.get(scale, 1))) for scale in scales)))
+def _shares(shared: ClusterConfig, scales: Mapping[str, ScaleName]) -> list[list[str]]:
+    """Share runs out among jobs: the longest first, each to the job that has the least to do.
+
+    Args:
+        shared: how runs share jobs.
+        scales: of the runs, by their ids.
+
+    Returns: the ids of the runs of each job.
+    """
+    share = {run: Fraction(1, max(shared.at_once or 1, shared.runs.get(scale, 1))) for run, scale in scales.items()}
+    jobs: list[list[str]] = [[] for _ in range(min(shared.jobs, math.ceil(sum(share.values()))))]
+    least = [(Fraction(), job) for job in range(len(jobs))]
+    for run in sorted(share, key=share.__getitem__, reverse=True):
+        work, job = heapq.heappop(least)
+        jobs[job].append(run)
+        heapq.heappush(least, (work + share[run], job))
+    return jobs
 
 
 def _opened(path: Path) -> Sweep | None:
@@ -179,46 +224,15 @@ def _seconds(kind: Path) -> float | None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """Be the only launcher of the sweep in a folder; let a signal to terminate interrupt.
+    """Be the only launcher of the sweep in a folder.
 
     Raises: UserError when another is at it.
     """
     try:
-        with filelock.FileLock(path / ".lock", timeout=0), _interruptible():
+        with filelock.FileLock(path / ".lock", timeout=0):
             yield path
     except filelock.Timeout as error:
         raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {called(path)}") from error
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let the first signal to end be heard as Ctrl-C, and no other after it: jobs are being cancelled."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for signal_ in INTERRUPTING:
-            signal.signal(signal_, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    with _handling(interrupt):
-        yield
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Hear no signal to end: jobs are being cancelled."""
-    with _handling(signal.SIG_IGN):
-        yield
-
-
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    # what nohup or a script's background ignores stays so
-    before = {number: signal.signal(number, handler) for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 @contextmanager

@@ -53,19 +53,35 @@ def test_what_was_ignored_stays_so() -> None:
 @pytest.mark.parametrize(
     ("most", "at_once", "scales", "jobs"),
     [
-        (1000, 1, ["paper"] * 7, 7),
-        (1000, 1, ["quick"] * 7, 3),
-        (1000, 1, ["smoke"] * 10, 1),
-        (1000, 1, ["paper", "smoke"], 2),
-        (1000, 1, ["quick"] * 3 + ["smoke"] * 10, 2),
-        (1000, 4, ["paper"] * 7, 2),
-        (1000, 4, ["quick"] * 7, 2),
-        (1000, None, ["paper"] * 7, 7),
-        (5, 1, ["paper"] * 7, 5),
+        (1000, 1, {"paper": 3}, ["p", "p", "p"]),
+        (1000, 1, {"quick": 7}, ["qqq", "qq", "qq"]),
+        (1000, 1, {"smoke": 10}, ["ssssssssss"]),
+        (1000, 1, {"smoke": 2, "quick": 2, "paper": 2}, ["p", "p", "qqss"]),
+        (1000, 1, {"quick": 3, "smoke": 10}, ["qqsss", "qsssssss"]),
+        (1000, 4, {"paper": 7}, ["pppp", "ppp"]),
+        (1000, 4, {"quick": 7}, ["qqqq", "qqq"]),
+        (1000, None, {"paper": 2}, ["p", "p"]),
+        (2, 1, {"quick": 2, "paper": 3}, ["pp", "pqq"]),
     ],
 )
-def test_short_runs_share_a_job(most: int, at_once: int | None, scales: list[ScaleName], jobs: int) -> None:
-    assert launch._jobs(ClusterConfig(most, at_once, {"smoke": 10, "quick": 3}), scales) == jobs
+def test_short_runs_share_a_job_and_jobs_the_work(most: int, at_once: int | None, scales: dict[ScaleName, int], jobs: list[str]) -> None:
+    runs = {f"{scale[0]}{run}": scale for scale, count in scales.items() for run in range(count)}
+    shares = launch._shares(ClusterConfig(most, at_once, {"smoke": 10, "quick": 3}), runs)
+    assert sorted(run for share in shares for run in share) == sorted(runs)
+    assert ["".join(run[0] for run in share) for share in shares] == jobs
+
+
+def test_runs_of_one_length_are_dealt_in_turn() -> None:
+    """What stands beside each other on the command line is alike, and so is how long it takes."""
+    shares = launch._shares(ClusterConfig(2, 1), dict.fromkeys(map(str, range(5)), "paper"))
+    assert shares == [["0", "2", "4"], ["1", "3"]]
+
+
+@pytest.mark.parametrize("number", launch.INTERRUPTING)
+def test_a_signal_interrupts_planning_too(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "plan", lambda _: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch([])
 
 
 def test_jobs_that_slurm_refuses_are_told_and_leave_no_trace(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from hydra.errors import HydraException
 
 from src.errors import UserError
 from src.results import run_hash
-from src.sweep import plan as module
 from src.sweep.folder import Sweep
-from src.sweep.plan import Plan, plan
+from src.sweep.plan import plan
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.usefixtures("planned")
@@ -42,19 +41,15 @@ def test_experiments_are_found_by_a_pattern() -> None:
     assert len(made.runs) == len({config.claim.name for config in made.configs}) > 10
 
 
-def test_many_configs_are_composed_on_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(lr: str) -> Plan:
-        return plan(["experiment=residual_unlock", "data=digits", "seed=0,1", f"training.lr=0.1,{lr}", "cluster=slurm"])
-
-    alone = asked("0.2")
-    monkeypatch.setattr(module, "WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(module, "cpus", lambda: 2)
-    monkeypatch.setattr(module, "compose", None)  # not here
-    assert asked("0.2") == alone
-    with pytest.raises(UserError, match=r"training\.lr: Input should be greater than 0"):
-        asked("-1")
-    with pytest.raises(HydraException, match=r"Could not override 'training\.rate'"):
-        plan(["experiment=residual_unlock", "data=digits,mnist", "training.rate=1", "cluster=slurm"])
+def test_configs_that_are_composed_together_are_those_composed_alone() -> None:
+    """Though files are read once for all, and groups are chosen otherwise from one to the next."""
+    axes = ["experiment=residual_unlock,greedy_layerwise,reproduction/he2016", "data=digits,mnist", "scale=paper,smoke"]
+    together = plan([*axes, "training.lr=0.1,0.2", "cluster=slurm"]).configs
+    assert len({run_hash(config) for config in together}) == 24
+    for config in together[::5]:
+        paper = config.grid.paper
+        of = [f"experiment={config.claim.name}{f'/{paper}' if paper else ''}", f"data={config.data.name}", f"scale={config.scale.name}"]
+        assert plan([*of, f"training.lr={config.training.lr}", "cluster=slurm"]).configs == [config]
 
 
 def test_what_a_job_is_given_is_the_cluster_file_s(monkeypatch: pytest.MonkeyPatch) -> None:
