@@ -38,7 +38,7 @@ def summary(lines: pd.DataFrame) -> str:
         *(counted(own, where) for where, own in lines.groupby("where", sort=False)),
     ]
     if len(lines["where"].unique()) > 1:
-        parts += [f"{agreement(lines)}\n", contradictions(lines)]
+        parts.append(compared(lines))
     return "\n".join(parts)
 
 
@@ -61,30 +61,21 @@ def counted(lines: pd.DataFrame, where: str) -> str:
     return _markdown([where, *WORDS.values()], [*rows, ("all", *map(str, counts.sum()))])
 
 
-def agreement(lines: pd.DataFrame) -> str:
-    """On how many of the forms that were measured everywhere the verdicts agree, in a sentence."""
-    everywhere = _words(lines).dropna()
-    same = everywhere.eq(everywhere.iloc[:, 0], axis=0).all(axis=1).sum()
-    return (
-        f"Of the {len(everywhere)} forms measured on each, {same} have one verdict everywhere, {_contradicts(everywhere).sum()} contradict "
-        "each other, and the others are inconclusive somewhere:"
-    )
-
-
-def contradictions(lines: pd.DataFrame) -> str:
-    """The forms that hold, be it under a condition, on one data set and are refuted on another."""
+def compared(lines: pd.DataFrame) -> str:
+    """On how many of the forms that were measured everywhere the verdicts agree; and which hold in one place and are refuted in another."""
     words = _words(lines)
-    opposed = words.index[_contradicts(words)]
-    return _verdicts(lines[lines["claim"].isin(opposed)], ["form", "statement"], lambda claim, statement: (f"`{claim}`", piped(statement)))
+    everywhere, opposed = words.dropna(), words.index[(words == "holds").any(axis=1) & (words == "refuted").any(axis=1)]
+    same = everywhere.eq(everywhere.iloc[:, 0], axis=0).all(axis=1).sum()
+    told = f"Of the {len(everywhere)} forms measured on each, {same} have the same verdict, with or without a condition, and"
+    if opposed.empty:
+        return f"{told} none holds on one and is refuted on another.\n"
+    table = _verdicts(lines[lines["claim"].isin(opposed)], ["form", "statement"], lambda claim, what: (f"`{claim}`", piped(what)))
+    return f"{told} {len(opposed)} hold on one and are refuted on another:\n\n{table}"
 
 
 def _words(lines: pd.DataFrame) -> pd.DataFrame:
     """A verdict a form and place; holding under a condition is holding."""
     return lines.pivot(index="claim", columns="where", values="verdict").replace("holds_if", "holds")
-
-
-def _contradicts(words: pd.DataFrame) -> pd.Series:
-    return (words == "holds").any(axis=1) & (words == "refuted").any(axis=1)
 
 
 def _verdicts(lines: pd.DataFrame, headings: list[str], told: Callable[[str, str], tuple[str, ...]]) -> str:

@@ -158,8 +158,11 @@ def test_the_summary_of_several_data_sets_tells_where_they_contradict_each_other
     counts = (
         "Of the 4 forms measured on each, 1 have one verdict everywhere, 2 contradict each other, and the others are inconclusive somewhere"
     )
-    start = text.index(f"{counts}:")
+    counts = "Of the 4 forms measured on each, 1 have the same verdict, with or without a condition, and"
+    start = text.index(f"{counts} 2 hold on one and are refuted on another:")
     assert [line.split(" | ")[0] for line in text[start + 2 :]] == ["| form", "| ---", "| `a/1`", "| `a/2`"]
+    agreeing = summary.summary(lines.query("claim not in ['a/1', 'a/2']")).splitlines()
+    assert agreeing[-1] == counts.replace("4", "2") + " none holds on one and is refuted on another."
 
 
 def test_numbers_headings_and_texts_in_latex_and_pipes() -> None:
