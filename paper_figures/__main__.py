@@ -1,4 +1,4 @@
-"""Draw figures and tables from rows: `python -m paper_figures [NAME ...] [--results DIR] [--out DIR] [--mixed]`.
+"""Draw figures and tables from rows: `python -m paper_figures [NAME ...] [--data SET] [--results DIR] [--out DIR] [--mixed]`.
 
     python -m paper_figures                 draws all of them, and a page that shows them, from the newest finished run of each
                                             experiment, else from the committed reference rows; never trains
@@ -17,13 +17,14 @@ from pathlib import Path
 from paper_figures import drawing
 from paper_figures.products import NAMES
 from paper_figures.sources import HERE, Shelf
+from src.data.catalogue import CATALOGUE
 from src.errors import UserError
 
 
 def main() -> int:
     """Answer the command line; return the exit code."""
     asked = _parser().parse_args()
-    shelf = Shelf(asked.results, HERE / "reference")
+    shelf = Shelf(asked.results, HERE / "reference", asked.data)
     try:
         if asked.results != drawing.DEFAULT and not asked.results.is_dir():
             raise UserError(f"--results {asked.results}: no such folder")
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw figures and tables from rows.")
     known = f"one of {', '.join(NAMES)}, page or wandb; all of them and the page when none is given"
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
+    parser.add_argument("--data", choices=CATALOGUE, help="only what was measured on this data set (default: on any)")
     parser.add_argument("--results", type=Path, default=drawing.DEFAULT, help="the results folder (default: results)")
     parser.add_argument("--out", type=Path, default=HERE / "output", help="where to write (default: paper_figures/output)")
     parser.add_argument("--mixed", action="store_true", help="draw a figure though its rows mix commits, data sets or scales, and say so")

@@ -75,7 +75,7 @@ def _each(names: Sequence[str], draw: partial) -> Iterator[Drawn]:
 
 def _draw(name: str, shelf: Shelf, out: Path, mixed: bool, revision: dict[str, object]) -> Drawn:
     again = ["python -m paper_figures", name, *([f"--results {shown(shelf.results)}"] if shelf.results != DEFAULT else [])]
-    command = " ".join([*again, *(["--mixed"] if mixed else [])])
+    command = " ".join([*again, *([f"--data {shelf.data}"] if shelf.data else []), *(["--mixed"] if mixed else [])])
     try:
         product = produce(name, shelf, mixed)
         files = write(name, product, out, command, revision) if product.contents else []

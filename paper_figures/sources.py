@@ -178,10 +178,11 @@ def lacking(*files: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where rows are looked for: a results folder, and the committed ones."""
+    """Where rows are looked for: a results folder, and the committed ones; given `data`, only those measured on that data set."""
 
     results: Path
     reference: Path
+    data: str | None = None
 
     def newest(self, experiment: str) -> Source:
         """The newest finished run of an experiment, else the committed rows.
@@ -190,7 +191,10 @@ class Shelf:
         """
         found = self.every(experiment)
         if not found:
-            raise UserError(f"no finished run under {self.results} and no reference rows; run python -m src.run experiment={experiment}")
+            on = f" data={self.data}" if self.data else ""
+            raise UserError(
+                f"no finished run under {self.results} and no reference rows; run python -m src.run experiment={experiment}{on}"
+            )
         return found[-1]
 
     def each(self, experiment: str) -> list[Source]:
@@ -206,13 +210,14 @@ class Shelf:
 
         Raises: UserError when a run can't be told to be finished.
         """
-        return [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)] or self.references(experiment)
+        runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
+        return [run for run in runs if self._wanted(run)] or self.references(experiment)
 
     def references(self, experiment: str) -> list[Source]:
         """The committed rows of an experiment: those on further data sets, a folder each, and last those that figures are drawn from."""
         further = sorted(f"{file.parent.name}/{experiment}" for file in self.reference.glob(f"*/{experiment}.parquet"))
         committed = [replace(self.committed(name), experiment=experiment) for name in (*further, experiment)]
-        return [source for source in committed if source.files]
+        return [source for source in committed if source.files and self._wanted(source)]
 
     def papers(self, experiment: str) -> list[Source]:
         """Of an experiment that reproduces papers the newest finished run of each, on each data set at each scale, else the committed rows.
@@ -224,6 +229,10 @@ class Shelf:
         runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
         newest = {_paper(source): source for source in (*committed, *runs)}
         return [source for _, source in sorted(newest.items())]
+
+    def _wanted(self, source: Source) -> bool:
+        """Whether rows are of the data set that is asked for, if one is."""
+        return self.data is None or self.data == (source.folder.parts[-3] if source.folder else source.read()["data_requested"].iloc[0])
 
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""

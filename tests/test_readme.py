@@ -87,7 +87,7 @@ def test_a_command_runs(command: list[str], results: Path, tmp_path: Path) -> No
         pytest.skip("no CIFAR-10 under DATA_ROOT: fetching would download")
     if "--check" in command:  # after smoke runs on the digits there is nothing to compare the reference with
         told = answer(within_the_test(command, results, tmp_path)[1:], code=2)
-        assert "other data set and scale: runs on digits at smoke, reference on mnist at quick; not compared" in told
+        assert "other data set and scale: runs on digits at smoke, reference on cifar10 at quick, mnist at quick; not compared" in told
         return
     printed = answer(within_the_test(command, results, tmp_path)[1:])
     assert printed.strip()

@@ -11,6 +11,7 @@ from rich.console import Console
 from paper_figures.ledger import ledger as told_ledger
 from paper_figures.ledger import to_table
 from paper_figures.sources import Shelf
+from src.errors import UserError
 from tests.experiments.measured import NAMES, config, small_rows, verdicts
 from tests.paper_figures.drawn import finished_run, parquet
 
@@ -66,6 +67,12 @@ def test_committed_verdicts_stand_in_those_on_further_data_sets_last(results: Pa
     lines = ledger(tmp_path / "nothing", tmp_path)
     assert lines["data"].dropna().tolist() == [data for data in ("digits", "cifar10") for _ in config(NAME).criteria]
     assert Shelf(tmp_path / "nothing", tmp_path).newest(NAME).rows == tmp_path / f"{NAME}.parquet"
+    assert Shelf(tmp_path / "nothing", tmp_path, "cifar10").newest(NAME).rows == tmp_path / f"cifar10/{NAME}.parquet"
+    finished_run(results, NAME, data="mnist")
+    assert [source.rows for source in Shelf(results, tmp_path, "digits").every(NAME)] == [run / "rows.parquet"]
+    assert Shelf(results, tmp_path, "cifar10").newest(NAME).rows == tmp_path / f"cifar10/{NAME}.parquet"
+    with pytest.raises(UserError, match=f"run python -m src.run experiment={NAME} data=fashion_mnist"):
+        Shelf(results, tmp_path, "fashion_mnist").newest(NAME)
 
 
 def test_a_fallback_is_said(results: Path, tmp_path: Path) -> None:
