@@ -139,7 +139,9 @@ def _reference(axis: Axes, backprop: pd.DataFrame) -> None:
     axis.axhline(backprop["value"].mean(), color="k", linewidth=0.9, label="backprop")
     axis.axhspan(backprop["value"].min(), backprop["value"].max(), color="k", alpha=0.15, linewidth=0)
     if (backprop["tuned"] != "inner").any():
-        axis.plot(1, backprop["value"].mean(), "o", markersize=8, fillstyle="none", color="k", transform=axis.get_yaxis_transform())
+        axis.plot(
+            1, backprop["value"].mean(), "o", markersize=8, fillstyle="none", color="k", transform=axis.get_yaxis_transform(), clip_on=False
+        )
 
 
 def _lock(axis: Axes, flows: pd.DataFrame) -> None:
