@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from src.config import Config, ModelConfig
@@ -45,10 +46,10 @@ def describe(plan: Sequence[Work], config: Config, data: Data) -> str:
 
 
 def estimated_seconds(plan: Sequence[Work], config: Config, data: Data) -> float:
-    """Σ networks · depth · (t_measuring + (steps + evaluations in units of a step) · t_step), t a layer.
+    """Σ networks · t_step · (measuring + steps + evaluations, in units of a step), t_step linear in the depth.
 
-    Both are timed here, on the shallowest network of each kind: t_step on one batch, t_measuring on what is measured. Of a training
-    step, a third is the pass forwards that an evaluation takes.
+    t_step is timed here, on one batch, for the shallowest and the deepest network of each kind, and what is measured for the shallowest. Of
+    a training step, a third is the pass forwards that an evaluation takes.
 
     Args:
         plan: the networks.
@@ -62,14 +63,17 @@ def estimated_seconds(plan: Sequence[Work], config: Config, data: Data) -> float
         kinds.setdefault((work.model.family, work.model.width, work.model.norm, work.measuring), []).append(work)
     seconds = 0.0
     for works in kinds.values():
-        smallest = min((work.model for work in works), key=lambda model: model.depth)
-        network = build(smallest, data.shape, data.classes, generator(config.seed, "plan")).to(data.mean.device)
-        step = _timed(partial(_pass, network, data, size)) / smallest.depth
+        models = {work.model.depth: work.model for work in works}
+        ends = sorted({min(models), max(models)})
+        networks = [build(models[depth], data.shape, data.classes, generator(config.seed, "plan")).to(data.mean.device) for depth in ends]
+        # the lesser of two: one may be disturbed
+        steps = [min(_timed(partial(_pass, network, data, size)) for _ in range(2)) for network in networks]
         measuring = works[0].measuring
-        measured = _timed(partial(measuring, network)) / smallest.depth if measuring else step
+        measured = _timed(partial(measuring, networks[0])) / steps[0] if measuring else 1
         for work in works:
+            step = float(np.interp(work.model.depth, ends, steps))
             evaluations = 2 + work.steps // (images // size) if work.steps else 0
-            seconds += work.networks * work.model.depth * (measured + (work.steps + evaluations * evaluation) * step)
+            seconds += work.networks * step * (measured + work.steps + evaluations * evaluation)
     return seconds
 
 

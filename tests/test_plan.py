@@ -1,8 +1,10 @@
 """Plans: what they count, and the estimate that they print."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+from torch import nn
 
 from src import plan
 from src.config import Config, ModelConfig
@@ -36,14 +38,19 @@ def test_networks_and_steps_are_summed(model: ModelConfig) -> None:
 def test_the_estimate_is_linear_in_depth_networks_and_steps(
     model: ModelConfig, config: Config, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a pass of 4 s through the 4-layer net, and 8 s for what is measured: 1 s and 2 s a layer."""
-    monkeypatch.setattr(plan, "_timed", lambda action: {plan._pass: 4.0, len: 8.0}[action.func])
-    deep = replace(model, depth=12)
+    """With a pass of 3 s and ¼ s a layer, and twice that for what is measured."""
+
+    def timed(action: partial) -> float:
+        layers = sum(isinstance(layer, nn.Linear) for layer in action.args[0].modules())
+        return (3 + layers / 4) * {plan._pass: 1, len: 2}[action.func]
+
+    monkeypatch.setattr(plan, "_timed", timed)
+    deep, deepest = replace(model, depth=12), replace(model, depth=20)
     # 100 test and 256 training images, in batches of 64 a third of a step each; before, after and after each epoch of 4 steps
     evaluations = (2 + 10 // 4) * (100 + 256) / 64 / 3
     config = replace(config, training=replace(config.training, batch_size=64))
     assert estimated_seconds([Work(model, 1)], config, data) == 4
-    assert estimated_seconds([Work(model, 1), Work(deep, 5)], config, data) == 4 + 5 * 12
+    assert estimated_seconds([Work(deep, 5), Work(deepest, 2), Work(model, 1)], config, data) == 5 * 6 + 2 * 8 + 4
     assert estimated_seconds([Work(model, 2, steps=10)], config, data) == pytest.approx(2 * 4 * (11 + evaluations))
     assert estimated_seconds([Work(model, 2, measuring=len)], config, data) == 2 * 8
     both = [Work(model, 2, steps=10, measuring=len), Work(model, 1)]
