@@ -79,8 +79,21 @@ def slurmd_of(user: User, number: str) -> int:
     return int(subprocess.run(["pgrep", "-P", namespace], capture_output=True, text=True, check=True).stdout)
 
 
-def stopped(user: User, seed: int) -> bool:
-    return any(attempt.outcome == "stopped" for attempt in user.attempts(seed))
+def in_hand(user: User, seed: int) -> bool:
+    """Whether the job of a held run runs, in its latest start, and has come to where the run is held: no copy holds its lock."""
+    *_, last = attempts = user.attempts(seed)
+    told = slurm_says(user, "scontrol", "show", "job", last.job)
+    latest = f"Restarts={last.restart} " in told and "JobState=RUNNING" in told
+    return latest and user.began(seed, "reached") == len(attempts)
+
+
+def begins_again(user: User, seed: int, *command: str) -> None:
+    """Have a held run stopped by a command, and wait until it has begun again."""
+    user.until(lambda: in_hand(user, seed), f"seed {seed} is in hand")
+    before = len(user.attempts(seed))
+    slurm_says(user, *command)
+    user.until(lambda: len(user.attempts(seed)) > before and in_hand(user, seed), f"seed {seed} begins again")
+    assert "stopped" in {attempt.outcome for attempt in user.attempts(seed)[before - 1 :]}
 
 
 def fill(place: Path) -> None:
@@ -125,11 +138,11 @@ def test_a_sweep_that_everything_befalls(user: User) -> None:
     assert user.began(0) == 1
     os.kill(slurmd, signal.SIGCONT)
 
-    # a time limit is reached, and a job preempted by a higher partition
-    slurm_says(user, "scancel", "--signal=USR2", job(user, timed_out))
-    slurm_says(user, "sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, crashing)}", "-o", "/dev/null", "--wrap", "true")
-    begun = {seed: user.began(seed, "reached") for seed in (timed_out, crashing)}
-    user.until(lambda: all(stopped(user, seed) and user.began(seed, "reached") > begun[seed] for seed in begun), "both begin again")
+    # a time limit is reached; then a job is preempted by a higher partition
+    begins_again(user, timed_out, "scancel", "--signal=USR2", job(user, timed_out))
+    user.until(lambda: in_hand(user, crashing), "the run of the node that crashed is in hand")
+    urgent = ("sbatch", "-p", "urgent", "-c", "2", "-w", f"node{node(user, crashing)}", "-o", "/dev/null", "--wrap", "true")
+    begins_again(user, crashing, *urgent)
 
     # the disk of the results is full
     user.until(lambda: user.attempts(cancelled)[-1].outcome == "done", "what was cancelled is done")

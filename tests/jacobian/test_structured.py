@@ -89,7 +89,8 @@ def test_extremes_are_those_of_the_singular_values(m, more, activation, seed):
         torch.testing.assert_close(known.value, truth, rtol=ROUGH if known is found.active else 1e-6, atol=1e-14)
         assert ((known.lo <= truth * (1 + 1e-12)) & (truth <= known.hi * (1 + 1e-12))).all()
     torch.testing.assert_close(found.mean_square, s.square().mean(1), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(found.stable_rank, s.square().sum(1) / s[:, 0].square(), rtol=1e-6, atol=0, equal_nan=True)
+    # σ₁ is right to 1e-6, and its square to twice that
+    torch.testing.assert_close(found.stable_rank, s.square().sum(1) / s[:, 0].square(), rtol=2e-6, atol=0, equal_nan=True)
     assert (found.condition.value.isinf() == (rank < m)).all()
 
 
