@@ -228,7 +228,7 @@ class Shelf:
         committed = [replace(self.committed(f"{experiment}/{name}"), experiment=experiment) for name in names]
         runs = [of_folder(folder) for folder in row_table.finished_runs(self.results, experiment)]
         newest = {_paper(source): source for source in (*committed, *runs)}
-        return [source for _, source in sorted(newest.items())]
+        return [source for at, source in sorted(newest.items()) if self.data is None or self.data in at]
 
     def _wanted(self, source: Source) -> bool:
         """Whether rows are of the data set that is asked for, if one is."""

@@ -1,6 +1,7 @@
 """The figure of each paper's nets, and the table that keeps what was measured at one scale apart from what was published."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,9 @@ def test_the_newest_run_of_a_paper_stands_for_its_committed_rows(tmp_path: Path)
     shelf = Shelf(tmp_path / "results", tmp_path / "reference")
     found = {source.rows for source in shelf.papers("reproduction")}
     assert found == {rows, reference / f"{PAPERS[1].partition('/')[2]}-digits.parquet", reference / "damaged-digits.parquet"}
+    on_digits = {source.rows for source in replace(shelf, data="digits").papers("reproduction")}
+    assert on_digits == found - {reference / "damaged-digits.parquet"}
+    assert replace(shelf, data="mnist").papers("reproduction") == []
     complaints = reproduction.product(shelf, mixed=False).complaints
     assert any("damaged-digits.parquet: damaged" in complaint for complaint in complaints)
 
