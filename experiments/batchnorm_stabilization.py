@@ -31,8 +31,9 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import Estimate, greatest, least, paired, t_interval
 from src.train_mode import look, middle_norm
-from src.training.loop import lasting
-from src.training.optimizer import scale_steps
+from src.training.loop import end_to_end, lasting
+from src.training.objectives import ScaledSteps
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -189,19 +190,22 @@ def _along(context: Context) -> Iterator[Row]:
     examples = _batch(context, context.config.training.batch_size)
     few, _ = context.samples(context.data.train, context.config.grid.samples)
     for model in context.progress(_tracked(context.config), "along training"):
-        for seed in range(context.config.grid.train_seeds):
-            network = context.network(model, seed)
-            where = {"part": "along", **network_columns(model, seed)}
-            initial = look(network, examples) | {"stage_norm": middle_norm(network, few)}
-
-            def watch(step: int, network: nn.Sequential = network) -> dict[str, float] | None:
-                return look(network, examples) if step in LOOKED_AT else None
-
-            outcome = context.train(network, f"{model.norm}, depth {model.depth}, seed {seed}", seed, on_step=watch)
+        seeds = range(context.config.grid.train_seeds)
+        networks = [context.network(model, seed) for seed in seeds]
+        before = [look(network, examples) | {"stage_norm": middle_norm(network, few)} for network in networks]
+        trainees = [
+            Trainee(network, f"{model.norm}, depth {model.depth}, seed {seed}", seed, on_step=partial(_watch, network, examples))
+            for seed, network in zip(seeds, networks, strict=True)
+        ]
+        for seed, network, initial, outcome in zip(seeds, networks, before, train_all(context, trainees), strict=True):
             seen = {0: initial, **outcome.seen}
             seen.setdefault(outcome.steps, {})["stage_norm"] = middle_norm(network, few)
             for step, found in seen.items():
-                yield from measured({"step": step, **where}, **found)
+                yield from measured({"part": "along", "step": step, **network_columns(model, seed)}, **found)
+
+
+def _watch(network: nn.Sequential, examples: tuple[Tensor, Tensor], step: int) -> dict[str, float] | None:
+    return look(network, examples) if step in LOOKED_AT else None
 
 
 def _repaired(config: Config) -> list[tuple[str, ModelConfig]]:
@@ -213,15 +217,16 @@ def _repaired(config: Config) -> list[tuple[str, ModelConfig]]:
 
 def _repairs(context: Context) -> Iterator[Row]:
     """Short trainings at every σw². Behind BatchNorm the relative step goes as 1/σw², unless the learning rate goes with σw²."""
-    for hidden_lr, model in context.progress(_repaired(context.config), "bad gains"):
-        for seed in range(context.config.grid.train_seeds):
-            network = context.network(model, seed)
-            neutral_readout(network, model.weight_var)
-            if hidden_lr == "scaled":
-                scale_steps(network, model.weight_var / CRITICAL)
-            outcome = context.train(network, f"{model.norm}, σw² {model.weight_var:g}, {hidden_lr} lr, seed {seed}", seed)
-            where = {"part": "repair", "hidden_lr": hidden_lr, **network_columns(model, seed)}
-            yield from measured(where, **outcome.metrics())
+    nets = [*product(_repaired(context.config), range(context.config.grid.train_seeds))]
+    trainees = []
+    for (hidden_lr, model), seed in nets:
+        network = context.network(model, seed)
+        neutral_readout(network, model.weight_var)
+        objective = ScaledSteps(model.weight_var / CRITICAL) if hidden_lr == "scaled" else end_to_end
+        trainees.append(Trainee(network, f"{model.norm}, σw² {model.weight_var:g}, {hidden_lr} lr, seed {seed}", seed, objective))
+    for ((hidden_lr, model), seed), outcome in zip(nets, train_all(context, trainees), strict=True):
+        where = {"part": "repair", "hidden_lr": hidden_lr, **network_columns(model, seed)}
+        yield from measured(where, **outcome.metrics())
 
 
 def _deep(context: Context) -> list[tuple[TrainingConfig, ModelConfig]]:
@@ -237,11 +242,13 @@ def _depths(context: Context) -> Iterator[Row]:
     """Trainings of chains that differ in depth and in what holds them."""
     for training, model in context.progress(_deep(context), "chains over depth"):
         length = {"batch": training.batch_size, "steps": context.steps(training)}
+        trainees = []
         for seed in range(context.config.grid.train_seeds):
-            name = f"{model.norm}, {model.skip}, batch {training.batch_size}, depth {model.depth}, seed {seed}"
             network = context.network(model, seed)
             neutral_readout(network, model.weight_var)
-            outcome = context.train(network, name, seed, config=training)
+            name = f"{model.norm}, {model.skip}, batch {training.batch_size}, depth {model.depth}, seed {seed}"
+            trainees.append(Trainee(network, name, seed, config=training))
+        for seed, outcome in enumerate(train_all(context, trainees)):
             where = {"part": "depth", **length, "chance": 1 / context.data.classes, **network_columns(model, seed)}
             yield from measured(where, **outcome.metrics())
 

@@ -31,6 +31,7 @@ from src.prediction import association, association_gain, predict_left_out
 from src.rows import Row, measured, pick
 from src.seeds import generator
 from src.statistics import Estimate, greatest, least
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -155,12 +156,12 @@ def _networks(context: Context) -> Iterator[Row]:
     models = zoo(config)
     shown = {kind(model): seed for seed, model in enumerate(models)}.values()
     # each architecture draws weights and an order of images of its own: the draws are independent
-    for seed, model in enumerate(context.progress(models, "zoo")):
-        network, name = context.calibrated(model, seed), describe(model)
+    nets = [(model, seed, context.calibrated(model, seed)) for seed, model in enumerate(models)]
+    for model, seed, network in context.progress(nets, "zoo"):
         certificate = context.certify(network)
         where = {"kind": kind(model), **network_columns(model, seed)}
         if seed in shown:
-            context.show(name, certificate)
+            context.show(describe(model), certificate)
         yield from _k_back(certificate, where)
         yield from _bounds(certificate, where)
         batch = {"of": "batch", **where}
@@ -168,9 +169,12 @@ def _networks(context: Context) -> Iterator[Row]:
         yield from measured(batch, tolerance=certificate.tolerance)
         if model.depth == min(grid.depths) and kind(model) != CONVOLUTIONAL:
             yield from measured(batch, enclosure_error=enclosure_error(network, inputs, certificate))
-        outcome = context.train(network, name, seed).metrics()
-        reached = 1 / context.data.classes if outcome["diverged"] else outcome["test_accuracy"]
-        yield from measured(batch, accuracy=reached, diverged=outcome["diverged"])
+    trainees = [Trainee(network, describe(model), seed) for model, seed, network in nets]
+    for (model, seed, _), outcome in zip(nets, train_all(context, trainees), strict=True):
+        found = outcome.metrics()
+        reached = 1 / context.data.classes if found["diverged"] else found["test_accuracy"]
+        where = {"of": "batch", "kind": kind(model), **network_columns(model, seed)}
+        yield from measured(where, accuracy=reached, diverged=found["diverged"])
 
 
 def describe(model: ModelConfig) -> str:

@@ -9,7 +9,6 @@ trains and where it is locked, α, k and a fading α varied.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,8 +24,9 @@ from src.models.exits import MultiExit
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import least, paired, slope, t_interval
-from src.training.loop import evaluate
+from src.training.loop import Outcome, evaluate
 from src.training.objectives import DeepSupervision, split_gradients
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cells_by, judge_forms
 
 QUANTITIES = {
@@ -96,7 +96,7 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.seeds, measuring=measuring) for model in _chains(config, grid.weight_vars, grid.depths)),
         Work(_severed(config), grid.seeds),
         Work(_two_stages(config), 2 * grid.train_seeds, steps),
-        *(Work(model, grid.train_seeds, steps) for model, _ in _trained(context)),
+        *(Work(model, len(settings) * grid.train_seeds, steps) for model, settings in _trained(context).items()),
     ]
 
 
@@ -179,26 +179,26 @@ def _opposed_heads(context: Context) -> Iterator[Row]:
     """The counterexample: two opposite heads on one layer, trained with the auxiliary loss and without."""
     model = _two_stages(context.config)
     for setting in (PLAIN, Supervision(1.0, 1, "constant")):
+        trainees, wheres = [], []
         for seed in range(context.config.grid.train_seeds):
             network = supervise(context, context.network(model, seed), model, 1, seed)
             oppose(network)
-            where = {"part": "training", "heads": "opposed", **asdict(setting), **network_columns(model, seed)}
-            gradients = partial(_along_training, context, network, setting, where)
-            yield from gradients("initial")
             name = f"opposite heads, α {setting.alpha:g}, seed {seed}"
-            yield from measured(where, **context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha)).metrics())
-            yield from gradients("trained")
+            trainees.append(Trainee(network, name, seed, DeepSupervision.alike(network, setting.alpha)))
+            wheres.append({"part": "training", "heads": "opposed", **asdict(setting), **network_columns(model, seed)})
+            yield from _along_training(context, network, setting, wheres[-1], "initial")
+        for where, trainee, outcome in zip(wheres, trainees, train_all(context, trainees), strict=True):
+            yield from measured(where, **outcome.metrics())
+            yield from _along_training(context, trainee.network, setting, where, "trained")
 
 
-def _trained(context: Context) -> list[tuple[ModelConfig, Supervision]]:
-    """The chains in every setting; convolutional nets where the grid asks for them and an error was published for the data set."""
+def _trained(context: Context) -> dict[ModelConfig, list[Supervision]]:
+    """The chains and their settings; convolutional nets where the grid asks for them and an error was published for the data set."""
     config, grid = context.config, context.config.grid
     usual = replace(config.model, family="vgg", depth=8, activation="relu", weight_var=2.0, bias_var=0.0, norm="batch")
     widths = grid.conv_widths if context.data.name in DSN_ERROR else []
-    return [
-        *((model, s) for model in _chains(config, grid.train_weight_vars, grid.train_depths) for s in _settings(config, model)),
-        *((replace(usual, width=width), setting) for width in widths for setting in CONVOLUTIONAL),
-    ]
+    chains = {model: [*_settings(config, model)] for model in _chains(config, grid.train_weight_vars, grid.train_depths)}
+    return chains | {replace(usual, width=width): [*CONVOLUTIONAL] for width in widths}
 
 
 def _settings(config: Config, model: ModelConfig) -> Iterator[Supervision]:
@@ -230,38 +230,72 @@ def total_weight(alpha: float, every: int, depth: int) -> float:
 
 def _trainings(context: Context) -> Iterator[Row]:
     """Accuracies of the chain and its exits, and ∇θ_1 along the way, for every chain and setting."""
-    for model, setting in context.progress(_trained(context), "trainings"):
-        for seed in range(context.config.grid.train_seeds):
-            yield from _training(context, model, setting, seed)
+    for model, settings in context.progress([*_trained(context).items()], "trainings"):
+        lessons = [Lesson.of(context, model, setting, seed) for setting in settings for seed in range(context.config.grid.train_seeds)]
+        yield from _taught(context, lessons)
 
 
-def _training(context: Context, model: ModelConfig, setting: Supervision, seed: int) -> Iterator[Row]:
-    training, data, steps = context.config.training, context.data, context.steps()
-    network = supervise(context, context.network(model, seed), model, setting.every, seed)
-    part = "published" if model.family == "vgg" else "training"
-    where = {"part": part, "heads": "random", **asdict(setting), **network_columns(model, seed)}
-    gradients = partial(_along_training, context, network, setting, where)
+def _taught(context: Context, lessons: Sequence["Lesson"]) -> Iterator[Row]:
+    """The rows of lessons, before and after they are given."""
+    for lesson in lessons:
+        yield from lesson.gradients("initial")
+    for lesson, outcome in zip(lessons, train_all(context, [lesson.trainee() for lesson in lessons]), strict=True):
+        yield from lesson.rows(outcome)
 
-    def early(step: int) -> list[Row] | None:
-        if step != max(1, steps // 4):
+
+@dataclass(frozen=True)
+class Lesson:
+    """A network with its exits, and the setting that it is trained in."""
+
+    context: Context
+    model: ModelConfig
+    setting: Supervision
+    seed: int
+    network: MultiExit
+
+    @classmethod
+    def of(cls, context: Context, model: ModelConfig, setting: Supervision, seed: int) -> "Lesson":
+        """Draw the network."""
+        return cls(context, model, setting, seed, supervise(context, context.network(model, seed), model, setting.every, seed))
+
+    @property
+    def where(self) -> Row:
+        """What tells its rows from others."""
+        part = "published" if self.model.family == "vgg" else "training"
+        return {"part": part, "heads": "random", **asdict(self.setting), **network_columns(self.model, self.seed)}
+
+    def trainee(self) -> Trainee[MultiExit]:
+        """What is trained, and how."""
+        model, setting, training = self.model, self.setting, self.context.config.training
+        fading = self.context.steps() if setting.schedule == "fading" else None
+        name = f"{model.family}, σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {self.seed}"
+        step = {"optimizer": "adam", "lr": setting.adam} if setting.adam else {"lr": training.lr * setting.boost}
+        objective = DeepSupervision.alike(self.network, setting.alpha, fading)
+        return Trainee(self.network, name, self.seed, objective, self.early, replace(training, **step))
+
+    def early(self, step: int) -> list[Row] | None:
+        """Rows of the moment when a quarter of the training is over."""
+        if step != max(1, self.context.steps() // 4):
             return None
-        return [*measured(where, early_accuracy=evaluate(network, data, data.test)[1]), *gradients("early")]
+        data = self.context.data
+        return [*measured(self.where, early_accuracy=evaluate(self.network, data, data.test)[1]), *self.gradients("early")]
 
-    yield from gradients("initial")
-    fading = steps if setting.schedule == "fading" else None
-    name = f"{model.family}, σw² {model.weight_var:g}, depth {model.depth}, {describe(setting)}, seed {seed}"
-    step = {"optimizer": "adam", "lr": setting.adam} if setting.adam else {"lr": training.lr * setting.boost}
-    outcome = context.train(network, name, seed, DeepSupervision.alike(network, setting.alpha, fading), early, replace(training, **step))
-    metrics = outcome.metrics()
-    yield from measured(where, **metrics)
-    if outcome.status == "finished":
-        for seen in outcome.seen.values():
-            yield from seen
-        yield from gradients("trained")
-    else:
-        yield from measured(where, early_accuracy=metrics["test_accuracy"])
-    if setting == Supervision(max(context.config.grid.exit_weights), 1, "constant"):
-        yield from _exit_rows(context, network, where)
+    def gradients(self, when: str) -> Iterator[Row]:
+        """∇θ_1 at a moment of the training."""
+        return _along_training(self.context, self.network, self.setting, self.where, when)
+
+    def rows(self, outcome: Outcome) -> Iterator[Row]:
+        """How it came out."""
+        metrics = outcome.metrics()
+        yield from measured(self.where, **metrics)
+        if outcome.status == "finished":
+            for seen in outcome.seen.values():
+                yield from seen
+            yield from self.gradients("trained")
+        else:
+            yield from measured(self.where, early_accuracy=metrics["test_accuracy"])
+        if self.setting == Supervision(max(self.context.config.grid.exit_weights), 1, "constant"):
+            yield from _exit_rows(self.context, self.network, self.where)
 
 
 def _along_training(context: Context, network: MultiExit, setting: Supervision, where: Row, when: str) -> Iterator[Row]:

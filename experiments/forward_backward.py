@@ -37,6 +37,7 @@ from src.rows import Row, measured, pick
 from src.statistics import Estimate, exactly, slope, t_interval
 from src.training.loop import Objective, end_to_end
 from src.training.objectives import DeepSupervision, exit_losses
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -203,33 +204,40 @@ def _treatments(context: Context) -> Iterator[Row]:
     """Every patient with every remedy, before and after a training at a rate of its own; the seeds pair them."""
     for patient, remedy, model in context.progress(_treated(context.config), "remedies"):
         rate = _best_rate(context, patient, remedy, model)
-        training = replace(context.config.training, lr=rate)
         yield from measured({"part": "rates", "patient": patient, "remedy": remedy}, learning_rate=rate)
+        where = {"part": "remedy", "patient": patient, "remedy": remedy}
+        trainees = []
         for seed in range(context.config.grid.train_seeds):
             network, objective = _with_losses(context, model, remedy, seed)
-            where = {"part": "remedy", "patient": patient, "remedy": remedy, **network_columns(model, seed)}
-            trained = {**where, "when": "trained"}
-            yield from _locks(passing(context, network, objective), {**where, "when": "initial"})
+            at = {**where, **network_columns(model, seed)}
+            yield from _locks(passing(context, network, objective), {**at, "when": "initial"})
             if patient == SCHEDULED:
-                yield from _schedule(context, network, objective, where)
-            outcome = context.train(network, f"{patient}, {remedy}, seed {seed}", seed, objective, config=training)
+                yield from _schedule(context, network, objective, at)
+            trainees.append(_trainee(context, network, f"{patient}, {remedy}, seed {seed}", seed, objective, rate))
+        for trainee, outcome in zip(trainees, train_all(context, trainees), strict=True):
+            trained = {**where, **network_columns(model, trainee.seed), "when": "trained"}
             yield from measured(trained, **{quantity: outcome.metrics()[quantity] for quantity in ("test_accuracy", "diverged")})
             if outcome.status == "finished":
-                yield from _locks(passing(context, network, objective), trained)
+                yield from _locks(passing(context, trainee.network, trainee.objective), trained)
                 if remedy == "exits":
-                    yield from measured(trained, main_lock=passing(context, network).backward_lock())
+                    yield from measured(trained, main_lock=passing(context, trainee.network).backward_lock())
 
 
 def _best_rate(context: Context, patient: str, remedy: str, model: ModelConfig) -> float:
     """The rate that tells most training images right on one more network, the smaller of those that tie; one that diverges tells none."""
-    grid, training = context.config.grid, context.config.training
-    reached: dict[float, float] = {}
-    for rate in sorted(training.lr * factor for factor in grid.rates):
+    grid = context.config.grid
+    rates = sorted(context.config.training.lr * factor for factor in grid.rates)
+    trainees = []
+    for rate in rates:
         network, objective = _with_losses(context, model, remedy, grid.train_seeds)
-        name = f"{patient}, {remedy}, rate {rate:g}"
-        outcome = context.train(network, name, grid.train_seeds, objective, config=replace(training, lr=rate))
-        reached[rate] = outcome.metrics()["train_accuracy"] if outcome.status == "finished" else 0.0
+        trainees.append(_trainee(context, network, f"{patient}, {remedy}, rate {rate:g}", grid.train_seeds, objective, rate))
+    outcomes = zip(rates, train_all(context, trainees), strict=True)
+    reached = {rate: outcome.metrics()["train_accuracy"] if outcome.status == "finished" else 0.0 for rate, outcome in outcomes}
     return max(reached, key=reached.__getitem__)
+
+
+def _trainee(context: Context, network: nn.Module, name: str, seed: int, objective: Objective, rate: float) -> Trainee[nn.Module]:
+    return Trainee(network, name, seed, objective, config=replace(context.config.training, lr=rate))
 
 
 def _with_losses(context: Context, model: ModelConfig, remedy: str, seed: int) -> tuple[nn.Module, Objective]:

@@ -32,7 +32,7 @@ from experiments.greedy_rules import (
     paces,
     rates,
     told,
-    train,
+    train_by,
     trained,
     turn_count,
 )
@@ -47,6 +47,7 @@ from src.rows import Row, measured, pick
 from src.statistics import Estimate, greatest, paired, t_interval
 from src.training.local import Blockwise, gradients, later_influence
 from src.training.loop import planned_steps
+from src.trainings import Trainee
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 log = logging.getLogger(__name__)
@@ -164,20 +165,23 @@ def _trainings(context: Context) -> Iterator[Row]:
                 yield from measured({"optimizer": rate.optimizer, "rate": rate.lr, **where}, train_accuracy=accuracy)
             yield from measured(where, **told(tried, context.data.classes))
             training = best(tried).of(config.training)
-            for seed in range(config.grid.train_seeds):
-                network = _network(context, chain, model, seed)
+            networks = [_network(context, chain, model, seed) for seed in range(config.grid.train_seeds)]
+            trainees = []
+            for seed, network in enumerate(networks):
                 blocks = applied(context, rule, network, model, seed)
-                where = {"part": "training", **at, **network_columns(model, seed)}
-                before, after = ({"moment": moment, **where} for moment in ("before", "after"))
+                before = {"part": "training", "moment": "before", **at, **network_columns(model, seed)}
                 if rule.loss == "backprop":
                     yield from _looks(context, network, before)
                 yield from _gradients(context, blocks, rule, before)
-                outcome = train(context, blocks, rule, training, f"{chain}, depth {model.depth}", seed)
+                trainees.append(Trainee(blocks, f"{chain}, depth {model.depth}", seed, config=training))
+            for network, trainee, outcome in zip(networks, trainees, train_by(context, rule, trainees), strict=True):
                 seconds[model.depth, rule].append(outcome.seconds)
+                where = {"part": "training", **at, **network_columns(model, trainee.seed)}
                 yield from measured(where, **outcome.metrics)
                 if not outcome.metrics["diverged"]:
+                    after = {"moment": "after", **where}
                     yield from _looks(context, network, after)
-                    yield from _gradients(context, blocks, rule, after)
+                    yield from _gradients(context, trainee.network, rule, after)
     # no row holds a time: the same seed must give the same rows
     for line in paces(seconds):
         log.info(line)
@@ -185,12 +189,14 @@ def _trainings(context: Context) -> Iterator[Row]:
 
 def _tried(context: Context, chain: str, model: ModelConfig, rule: Rule) -> dict[Rate, float]:
     """The accuracy on training images that a rule reaches at every learning rate, on a network of which nothing else is measured."""
-    seed, accuracies = context.config.grid.train_seeds, {}
-    for rate in rates(context.config):
+    seed, tried = context.config.grid.train_seeds, rates(context.config)
+    trainees = []
+    for rate in tried:
         blocks = applied(context, rule, _network(context, chain, model, seed), model, seed)
         name = f"{chain}, depth {model.depth}, {rate.optimizer} at {rate.lr:g}"
-        accuracies[rate] = train(context, blocks, rule, rate.of(context.config.training), name, seed).metrics["train_accuracy"]
-    return accuracies
+        trainees.append(Trainee(blocks, name, seed, config=rate.of(context.config.training)))
+    outcomes = zip(tried, train_by(context, rule, trainees), strict=True)
+    return {rate: outcome.metrics["train_accuracy"] for rate, outcome in outcomes}
 
 
 def _looks(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 
 import pandas as pd
 
-from experiments.greedy_rules import RULE, Loss, Rule, applied, train, turn_count
+from experiments.greedy_rules import RULE, Loss, Rule, applied, train_by, turn_count
 from src.config import Config, ModelConfig, TrainingConfig
 from src.experiment import Context, network_columns
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import t_interval
+from src.trainings import Trainee
 from src.verdict import cells_by
 
 # Published test errors in percent. Nøkland & Eidnes 2019: an MLP with three hidden layers, of 1024 units on MNIST and of 3000 on CIFAR-10
@@ -65,11 +65,14 @@ def works(context: Context) -> list[Work]:
 def trainings(context: Context) -> Iterator[Row]:
     """How each came out; none unless `grid.published_widths` asks for them."""
     config = context.config
-    for run, seed in context.progress(list(product(published(context), range(config.grid.train_seeds))), "published trainings"):
-        blocks = applied(context, run.rule, context.network(run.model, seed), run.model, seed)
-        where = {"part": "published", "published": run.error, **network_columns(run.model, seed), **asdict(run.rule)}
-        trained = train(context, blocks, run.rule, run.training(config), f"published, {run.model.family}", seed)
-        yield from measured(where, **trained.metrics)
+    for run in context.progress(published(context), "published trainings"):
+        trainees = []
+        for seed in range(config.grid.train_seeds):
+            blocks = applied(context, run.rule, context.network(run.model, seed), run.model, seed)
+            trainees.append(Trainee(blocks, f"published, {run.model.family}", seed, config=run.training(config)))
+        for seed, trained in enumerate(train_by(context, run.rule, trainees)):
+            where = {"part": "published", "published": run.error, **network_columns(run.model, seed), **asdict(run.rule)}
+            yield from measured(where, **trained.metrics)
 
 
 def cells(rows: pd.DataFrame, family: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Literal, get_args
 
+import numpy as np
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,7 @@ from src.experiment import Context
 from src.models.layers import Layers
 from src.training.local import Blockwise, LocalLoss, OneBlock, all_blocks, blockwise, end_to_end_block
 from src.training.loop import Objective
+from src.trainings import Trainee, train_all
 
 Loss = LocalLoss | Literal["backprop"]
 Schedule = Literal["simultaneous", "sequential"]
@@ -103,13 +105,20 @@ def turn_count(rule: Rule, depth: int) -> int:
     return 1 if rule.schedule == "simultaneous" else -(-(depth - 1) // rule.block) + 1
 
 
-def train(context: Context, model: Blockwise, rule: Rule, training: TrainingConfig, name: str, seed: int) -> Trained:
-    """Train by a rule, turn by turn, each with an optimiser of its own; how it came out after the last."""
-    seconds = 0.0
-    for turn, objective in enumerate(turns(rule, len(model.blocks)), start=1):
-        outcome = context.train(model, f"{name}, {rule}, seed {seed}, turn {turn}", seed, objective, config=training)
-        seconds += outcome.seconds
-    return Trained(outcome.metrics(), seconds)
+def train_by(context: Context, rule: Rule, trainees: Sequence[Trainee[Blockwise]]) -> list[Trained]:
+    """Train by a rule, turn by turn, each with an optimiser of its own; how each came out after the last.
+
+    Args:
+        context: what the experiment measures with.
+        rule: by which.
+        trainees: networks as the rule cuts them; what they minimise is the rule's.
+    """
+    seconds = np.zeros(len(trainees))
+    for turn, objective in enumerate(turns(rule, len(trainees[0].network.blocks)), start=1):
+        named = ((each, f"{each.name}, {rule}, seed {each.seed}, turn {turn}") for each in trainees)
+        outcomes = train_all(context, [replace(each, name=name, objective=objective) for each, name in named])
+        seconds += [outcome.seconds for outcome in outcomes]
+    return [Trained(outcome.metrics(), float(took)) for outcome, took in zip(outcomes, seconds, strict=True)]
 
 
 def costs(context: Context, model: Blockwise, rule: Rule) -> dict[str, float]:

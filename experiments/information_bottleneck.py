@@ -37,6 +37,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import spectrum
 from src.statistics import greatest, jackknife, t_interval
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -135,10 +136,12 @@ def _trained(context: Context) -> Iterator[Row]:
     narrowed = [*(("code", coded, width) for width in grid.code_widths), *(("filter", filtered, rank) for rank in _filters(context.config))]
     for kind, (part, make, width) in context.progress([*product(NETS, narrowed)], "trainings"):
         model = _model(context.config, kind)
-        for seed in range(grid.train_seeds):
+        seeds = range(grid.train_seeds)
+        networks = [make(context, model, width, seed) for seed in seeds]
+        names = [f"{kind}, {part} of {width}, seed {seed}" for seed in seeds]
+        outcomes = train_all(context, [*map(Trainee, networks, names, seeds)])
+        for seed, network, outcome in zip(seeds, networks, outcomes, strict=True):
             where = {"part": part, "when": "trained", **_columns(context, model, width, seed)}
-            network = make(context, model, width, seed)
-            outcome = context.train(network, f"{kind}, {part} of {width}, seed {seed}", seed)
             yield from measured(where, **outcome.metrics())
             if part == "code" and outcome.status == "finished":
                 yield from _signals(context, network, width, where)

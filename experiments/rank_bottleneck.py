@@ -13,6 +13,7 @@ conditional on the active sets the Gaussian weights are in general position, so 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -34,6 +35,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import Spectrum, spectrum
 from src.statistics import Estimate, greatest, least, t_interval
+from src.trainings import Trainee, train_all
 from src.verdict import INTERVAL, Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -252,30 +254,47 @@ def _trainings(context: Context) -> Iterator[Row]:
     """The ranks, and where the updates below a bottleneck go, while it and the layers around it are trained or not."""
     place, rank = EXAMPLE["place"], EXAMPLE["rank"]
     for kind, mode in context.progress([*product(NETS, MODES)], "trainings"):
-        model = _model(context.config, kind)
+        model, trained = _model(context.config, kind), [layer for layer in range(1, DEPTH + 1) if MODES[mode](layer, place)]
+        trainees = []
         for seed in range(context.config.grid.train_seeds):
             network = context.network(model, seed).double()
             replace_dense(network, f"layer{place}", factorised(dense_layer(network[place - 1]), rank))
-            yield from _followed(context, network, {"trained": mode, **EXAMPLE, **network_columns(model, seed)})
+            _train_weights_of(network, trained)
+            watch = partial(_weights, network, context.steps())
+            trainees.append(Trainee(network, f"{model.activation}, {mode} trained, seed {seed}", seed, on_step=watch))
+        starts = [copy.deepcopy(trainee.network) for trainee in trainees]
+        for seed, (start, outcome) in enumerate(zip(starts, train_all(context, trainees), strict=True)):
+            where = {"trained": mode, **EXAMPLE, **network_columns(model, seed)}
+            yield from measured({"part": "training", **where}, **outcome.metrics())
+            if outcome.status == "finished":
+                yield from _followed(context, start, outcome.seen, trained, where)
 
 
-def _followed(context: Context, network: nn.Sequential, where: Row) -> Iterator[Row]:
-    """Train the weights of some layers; measure after 1, 2, 4, … steps and at the end, unless the training diverged."""
-    place, rank, mode, seed = (where[key] for key in ("place", "rank", "trained", "net_seed"))
-    trained = [layer for layer in range(1, DEPTH + 1) if MODES[mode](layer, place)]
-    below = [layer for layer in trained if layer < place]
-    directions = {layer: accessible(context, network, layer, place, rank) for layer in below}
+def _train_weights_of(network: nn.Sequential, layers: Sequence[int]) -> None:
+    """Leave everything else as it is."""
     for layer, stage in enumerate(network, start=1):
         for name, parameter in stage.named_parameters():
-            parameter.requires_grad_(layer in trained and name.endswith("weight"))
-    start, now = copy.deepcopy(network), copy.deepcopy(network)
+            parameter.requires_grad_(layer in layers and name.endswith("weight"))
 
-    def weights(steps: int) -> dict[str, Tensor] | None:
-        return {name: tensor.clone() for name, tensor in network.state_dict().items()} if _is_kept(steps, context.steps()) else None
 
-    outcome = context.train(network, f"{where['activation']}, {mode} trained, seed {seed}", seed, on_step=weights)
-    yield from measured({"part": "training", **where}, **outcome.metrics())
-    for steps, state in outcome.seen.items() if outcome.status == "finished" else ():
+def _weights(network: nn.Sequential, planned: int, steps: int) -> dict[str, Tensor] | None:
+    """The state of a network after 1, 2, 4, … steps and at the end."""
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()} if _is_kept(steps, planned) else None
+
+
+def _is_kept(steps: int, planned: int) -> bool:
+    return steps.bit_count() == 1 or steps == planned
+
+
+def _followed(
+    context: Context, start: nn.Sequential, seen: Mapping[int, dict[str, Tensor]], trained: Sequence[int], where: Row
+) -> Iterator[Row]:
+    """Where the updates below the bottleneck went, and the ranks, at every moment of a training of which the weights were kept."""
+    place, rank = where["place"], where["rank"]
+    below = [layer for layer in trained if layer < place]
+    directions = {layer: accessible(context, start, layer, place, rank) for layer in below}
+    now = copy.deepcopy(start)
+    for steps, state in seen.items():
         now.load_state_dict(state)
         for layer in below:
             update = (dense_layer(now[layer - 1]).weight - dense_layer(start[layer - 1]).weight).detach()
@@ -284,10 +303,6 @@ def _followed(context: Context, network: nn.Sequential, where: Row) -> Iterator[
             yield from measured(at, outside=share_outside(update, directions[layer]), outside_any=least_share_outside(update, rank))
         at = {"part": "ranks", "steps": steps, **where}
         yield from _ranks(context, merged(now, place), "images", [max(context.config.grid.batch_sizes)], at)
-
-
-def _is_kept(steps: int, planned: int) -> bool:
-    return steps.bit_count() == 1 or steps == planned
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from src.statistics import Estimate, paired, t_interval
 from src.training.local import Blockwise
 from src.training.loop import Objective, Outcome, end_to_end
 from src.training.objectives import DeepSupervision
-from src.trainings import train_all
+from src.trainings import Trainee, train_all
 from src.verdict import INTERVAL, Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -145,8 +145,12 @@ def _trained(context: Context, setting: Setting) -> Iterator[Row]:
     training = replace(setting.training, ensemble=1) if net.sequential else setting.training
     outcomes: list[Outcome] = []
     for turn, objective in enumerate(_objectives(setting, nets[0], steps)):
-        names = [f"{net.name}, depth {model.depth}, σw² {model.weight_var:g}, seed {seed}, turn {turn + 1}" for seed in seeds]
-        outcomes = train_all(context, nets, names, seeds, objective, training, [partial(look, whole) for whole in nets])
+        name = f"{net.name}, depth {model.depth}, σw² {model.weight_var:g}, turn {turn + 1}"
+        trainees = [
+            Trainee(whole, f"{name}, seed {seed}", seed, objective, partial(look, whole), training)
+            for seed, whole in zip(seeds, nets, strict=True)
+        ]
+        outcomes = train_all(context, trainees)
         for course, outcome in zip(courses, outcomes, strict=True):
             course |= {turn * steps + step: seen for step, seen in outcome.seen.items()}
     where = {

@@ -29,6 +29,7 @@ from src.rows import Row, measured, pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
 from src.training.loop import end_to_end
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -230,11 +231,14 @@ def _trainings(context: Context) -> Iterator[Row]:
     """The three chains trained alike, with their gradients before and after."""
     grid = context.config.grid
     for model in context.progress(_trained(context.config), "trainings"):
-        for seed in range(grid.train_seeds):
-            network = context.calibrated(model, seed)
+        seeds = range(grid.train_seeds)
+        networks = [context.calibrated(model, seed) for seed in seeds]
+        before = [flow(context, network) for network in networks]
+        names = [f"{model.skip}, depth {model.depth}, seed {seed}" for seed in seeds]
+        outcomes = train_all(context, [*map(Trainee, networks, names, seeds)])
+        for seed, network, initial, outcome in zip(seeds, networks, before, outcomes, strict=True):
             where = {"part": "training", **network_columns(model, seed)}
-            yield from measured({**where, "when": "initial"}, flow=flow(context, network))
-            outcome = context.train(network, f"{model.skip}, depth {model.depth}, seed {seed}", seed)
+            yield from measured({**where, "when": "initial"}, flow=initial)
             yield from measured(where, **outcome.metrics())
             if outcome.status == "finished":
                 yield from measured({**where, "when": "trained"}, flow=flow(context, network))

@@ -6,16 +6,17 @@ Schoenholz et al. 2017), and short trainings; logistic nets mapped from tanh net
 saturates and escapes (Glorot & Bengio 2010, section 3.1 and Figure 2).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import log
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.sigmoid_top_layer import RECIPE, WATCHED_IMAGES, courses, long_nets, watch
 from src import mean_field
@@ -30,6 +31,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.saturation import of_logistic_layer, slopes
 from src.statistics import greatest, paired, slope, t_interval
+from src.trainings import Trainee, train_all
 from src.units import SATURATED, Units
 from src.verdict import Verdict, cells_by, judge_forms
 
@@ -92,7 +94,7 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.seeds, measuring=measuring) for _, model in _saturating(config, depth=grid.rate_depth)),
         *(Work(model, grid.seeds) for model in _wide(config)),
         *(Work(model, grid.seeds) for model in _mapped(config)),
-        *(Work(model, grid.train_seeds, short) for _, model in _learning(config)),
+        *(Work(model, grid.train_seeds, short) for depth in grid.train_depths for _, model in _learning(config, depth)),
         *(Work(model, nets * grid.train_seeds, short) for model, nets in zip(_mapped_short(config), (3, 1), strict=True)),
         *(Work(model, grid.long_seeds, grid.long_steps) for model in long_nets(config)),
     ]
@@ -166,23 +168,32 @@ def _mapped_signals(context: Context) -> Iterator[Row]:
             yield from (row for layer, value in signals.items() for row in measured({"layer": layer, **where}, error_signal=value))
 
 
-def _learning(config: Config) -> list[tuple[str, ModelConfig]]:
-    grid = config.grid
-    return [net for depth in grid.train_depths for net in _saturating(config, depth=depth, width=grid.train_width)]
+def _learning(config: Config, depth: int) -> list[tuple[str, ModelConfig]]:
+    return _saturating(config, depth=depth, width=config.grid.train_width)
 
 
 def _learn(context: Context) -> Iterator[Row]:
     """Short trainings of nets that are saturated at the start; only their hidden layers differ."""
-    inputs, _ = context.samples(context.data.test, context.config.grid.samples)
-    for varied, model in context.progress(_learning(context.config), "short trainings"):
-        for seed in range(context.config.grid.train_seeds):
+    grid = context.config.grid
+    inputs, _ = context.samples(context.data.test, grid.samples)
+    for depth in context.progress(grid.train_depths, "short trainings"):
+        nets = [*product(_learning(context.config, depth), range(grid.train_seeds))]
+        trainees = []
+        for (_, model), seed in nets:
             network = context.network(model, seed)
             neutral_readout(network, model.weight_var)
+            trainees.append(Trainee(network, f"σw²={model.weight_var:g}, σb²={model.bias_var:g}, depth {depth}, seed {seed}", seed))
+        shares = [_saturated_share(trainee.network, inputs) for trainee in trainees]
+        for ((varied, model), seed), share, outcome in zip(nets, shares, train_all(context, trainees), strict=True):
             where = {"part": "learning", "varied": varied, **network_columns(model, seed)}
-            chain = cut(network, None, torch.float64, "eval")
-            shares = [Units.of(*stage).saturation.mean() for stage in zip(chain.stages[:-1], chain.states(inputs.double()), strict=False)]
-            outcome = context.train(network, f"σw²={model.weight_var:g}, σb²={model.bias_var:g}, depth {model.depth}, seed {seed}", seed)
-            yield from measured(where, saturated=float(torch.stack(shares).mean()), **outcome.metrics())
+            yield from measured(where, saturated=share, **outcome.metrics())
+
+
+def _saturated_share(network: nn.Module, inputs: Tensor) -> float:
+    """The share of saturated hidden units, mean over layers."""
+    chain = cut(network, None, torch.float64, "eval")
+    states = zip(chain.stages[:-1], chain.states(inputs.double()), strict=False)
+    return float(torch.stack([Units.of(*stage).saturation.mean() for stage in states]).mean())
 
 
 def _mapped_short(config: Config) -> list[ModelConfig]:
@@ -192,16 +203,18 @@ def _mapped_short(config: Config) -> list[ModelConfig]:
 def _mapped_trainings(context: Context) -> Iterator[Row]:
     """A critical tanh net, the logistic net that is that net, trained in either's coordinates, and the usual start."""
     critical, usual = _mapped_short(context.config)
-    for seed in context.progress(range(context.config.grid.train_seeds), "mapped nets"):
-        nets: dict[str, tuple[ModelConfig, nn.Module]] = {
-            "tanh net": (critical, context.network(critical, seed)),
-            "tanh": (critical, InTanhCoordinates(context.network(critical, seed))),
-            "logistic": (critical, logistic_twin(context.network(critical, seed))),
-            "usual": (usual, context.network(usual, seed)),
-        }
-        for coordinates, (model, network) in nets.items():
+    nets: dict[str, tuple[ModelConfig, Callable[[nn.Sequential], nn.Module]]] = {
+        "tanh net": (critical, lambda net: net),
+        "tanh": (critical, InTanhCoordinates),
+        "logistic": (critical, logistic_twin),
+        "usual": (usual, lambda net: net),
+    }
+    seeds = range(context.config.grid.train_seeds)
+    for coordinates, (model, mapped) in context.progress([*nets.items()], "mapped nets"):
+        networks = [mapped(context.network(model, seed)) for seed in seeds]
+        names = [f"{coordinates}, depth {model.depth}, seed {seed}" for seed in seeds]
+        for seed, outcome in enumerate(train_all(context, [*map(Trainee, networks, names, seeds)])):
             where = {"part": "mapped training", "coordinates": coordinates, **network_columns(model, seed)}
-            outcome = context.train(network, f"{coordinates}, depth {model.depth}, seed {seed}", seed)
             yield from measured(where, **outcome.metrics())
 
 

@@ -5,6 +5,7 @@ After Glorot & Bengio 2010 (Understanding the difficulty of training deep feedfo
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from src.models.start import standard_start
 from src.rows import Row, measured, pick
 from src.saturation import activity
 from src.training.loop import lasting
+from src.trainings import Trainee, train_all
 
 # plain SGD on batches of ten; activations on 300 test images
 RECIPE: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "batch_size": 10, "schedule": "constant"}
@@ -41,19 +43,27 @@ def watch(context: Context) -> Iterator[Row]:
     images, _ = context.samples(context.data.test, WATCHED_IMAGES)
     times = set(np.geomspace(1, grid.long_steps, WATCHED_TIMES).astype(int).tolist())
     recipe = recipe_of(context)
+
+    def layers(network: nn.Sequential) -> list[dict[str, float]]:
+        return activity(network[:-1], images, PERCENTILES)
+
+    def look(network: nn.Sequential, step: int) -> list[dict[str, float]] | None:
+        return layers(network) if step in times else None
+
     for model in context.progress(long_nets(context.config), "long trainings"):
-        for seed in range(grid.long_seeds):
-            network = context.network(model, seed)
+        seeds = range(grid.long_seeds)
+        networks = [context.network(model, seed) for seed in seeds]
+        for seed, network in zip(seeds, networks, strict=True):
             standard_start(network, context.generator("uniform", seed))
-            initial = activity(network[:-1], images, PERCENTILES)
-
-            def look(step: int, network: nn.Sequential = network) -> list[dict[str, float]] | None:
-                return activity(network[:-1], images, PERCENTILES) if step in times else None
-
-            outcome = context.train(network, f"{model.depth - 1} hidden layers, seed {seed}", seed, on_step=look, config=recipe)
+        before = [layers(network) for network in networks]
+        trainees = [
+            Trainee(network, f"{model.depth - 1} hidden layers, seed {seed}", seed, on_step=partial(look, network), config=recipe)
+            for seed, network in zip(seeds, networks, strict=True)
+        ]
+        for seed, initial, outcome in zip(seeds, before, train_all(context, trainees), strict=True):
             where = {"part": "long", **network_columns(model, seed)}
-            for step, layers in {0: initial, **outcome.seen}.items():
-                for layer, of_layer in enumerate(layers, start=1):
+            for step, found in {0: initial, **outcome.seen}.items():
+                for layer, of_layer in enumerate(found, start=1):
                     named = {f"activation_{name}": value for name, value in of_layer.items()}
                     yield from measured({"step": step, "layer": layer, **where}, **named)
             for point in outcome.history.itertuples():

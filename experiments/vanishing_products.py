@@ -5,16 +5,16 @@ whose product stays; the growth χ of ‖g_l‖² a layer and its depth scale ξ
 Schoenholz et al. 2017); the depth to which short training reaches; ‖∇W_l‖ beside ‖g_l‖.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from src import mean_field
@@ -29,6 +29,7 @@ from src.models.bottleneck import dense_layer
 from src.plan import Work
 from src.rows import Row, measured, pick
 from src.statistics import Estimate, exactly, greatest, least, slope, t_interval
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -93,7 +94,7 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.seeds, measuring=settled) for model in _rated(config)),
         Work(_large_net(config), grid.seeds, measuring=partial(_norms_and_rate, context)),
         Work(_hidden_net(config), grid.seeds, measuring=profiled),
-        *(Work(model, grid.train_seeds, steps) for model in _short(config)),
+        *(Work(model, grid.train_seeds, steps) for models in _short(config).values() for model in models),
     ]
 
 
@@ -132,7 +133,7 @@ def exact_network(context: Context, model: ModelConfig, seed: int) -> nn.Sequent
     return network
 
 
-def linears(network: nn.Sequential) -> list[nn.Linear]:
+def linears(network: nn.Module) -> list[nn.Linear]:
     """The dense layers of a network, first to last."""
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
@@ -241,36 +242,40 @@ def _profile(context: Context, network: nn.Sequential) -> pd.DataFrame:
     return gradient_profile(cut(network, None, torch.float64, "eval"), inputs.double(), targets, cross_entropy)
 
 
-def _short(config: Config) -> list[ModelConfig]:
-    grid = config.grid
-    return [
-        replace(config.model, activation="tanh", weight_var=weight_var, depth=depth, width=grid.train_width)
-        for weight_var in grid.train_weight_vars
-        for depth in grid.train_depths
-    ]
+def _short(config: Config) -> dict[int, list[ModelConfig]]:
+    """Tanh chains at every σw², by their depth."""
+    grid, model = config.grid, replace(config.model, activation="tanh", width=config.grid.train_width)
+    return {depth: [replace(model, weight_var=var, depth=depth) for var in grid.train_weight_vars] for depth in grid.train_depths}
 
 
 def _edge(context: Context) -> Iterator[Row]:
     """Short trainings over (depth, σw²) for tanh."""
-    for model in context.progress(_short(context.config), "short trainings"):
-        for seed in range(context.config.grid.train_seeds):
-            network = context.network(model, seed)
-            drawn = copy.deepcopy(network)
-            outcome = context.train(network, f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", seed)
+    for models in context.progress([*_short(context.config).values()], "short trainings"):
+        nets = [*product(models, range(context.config.grid.train_seeds))]
+        trainees = [
+            Trainee(context.network(model, seed), f"depth {model.depth}, weight_var {model.weight_var:g}, seed {seed}", seed)
+            for model, seed in nets
+        ]
+        starts = [second_and_last(trainee.network) for trainee in trainees]
+        for (model, seed), trainee, start, outcome in zip(nets, trainees, starts, train_all(context, trainees), strict=True):
             where = {"part": "edge", **network_columns(model, seed)}
             yield from measured(where, **outcome.metrics())
             if outcome.status == "finished":
-                yield from measured(where, lag=lag(drawn, network))
+                yield from measured(where, lag=lag(start, second_and_last(trainee.network)))
 
 
-@torch.no_grad()
-def lag(before: nn.Sequential, after: nn.Sequential) -> float:
+def second_and_last(network: nn.Module) -> tuple[Tensor, Tensor]:
+    """W_2 and W_{L−1}, the second hidden layer's weights and the last one's, as they are now."""
+    _, second, *_ = layers = linears(network)
+    return second.weight.detach().clone(), layers[-2].weight.detach().clone()
+
+
+def lag(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
     """By how much less W_2 has moved than W_{L−1}, each relative to its norm: the ln of the ratio, nats.
 
     A float32 weight moves by ε of itself or not at all: less than that counts as ε.
     """
-    pairs = list(zip(linears(before), linears(after), strict=True))
-    moved = [float((new.weight - old.weight).norm() / old.weight.norm()) for old, new in (pairs[1], pairs[-2])]
+    moved = [float((new - old).norm() / old.norm()) for old, new in zip(before, after, strict=True)]
     second, last = (max(share, torch.finfo(torch.float32).eps) for share in moved)
     return float(np.log(second / last))
 

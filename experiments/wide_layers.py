@@ -29,7 +29,7 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import Spectrum, gram_spectrum, spectrum
 from src.statistics import greatest, paired_difference, t_interval
-from src.trainings import train_all
+from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
 QUANTITIES = {
@@ -93,7 +93,8 @@ def _trainings(context: Context) -> Iterator[Row]:
     for model in context.progress(_models(context.config), "trainings"):
         seeds = range(context.config.grid.train_seeds)
         networks = [context.network(model, seed) for seed in seeds]
-        outcomes = train_all(context, networks, [f"{model.activation}, width {model.width}, seed {seed}" for seed in seeds], seeds)
+        names = [f"{model.activation}, width {model.width}, seed {seed}" for seed in seeds]
+        outcomes = train_all(context, [*map(Trainee, networks, names, seeds)])
         for seed, network, outcome in zip(seeds, networks, outcomes, strict=True):
             where = network_columns(model, seed)
             yield from measured({"part": "training", **where}, **outcome.metrics())

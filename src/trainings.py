@@ -1,39 +1,63 @@
 """Trainings of one experiment that go on side by side."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from src.checkpoint import Training
 from src.config import TrainingConfig
 from src.experiment import Context
-from src.training.ensemble import Observer
+from src.training.ensemble import Observer, unlikeness
 from src.training.loop import Objective, Outcome, end_to_end
 from src.training.together import train_together
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def train_all(
-    context: Context,
-    networks: Sequence[nn.Module],
-    names: Sequence[str],
-    seeds: Sequence[int],
-    objective: Objective = end_to_end,
-    config: TrainingConfig | None = None,
-    on_step: Sequence[Callable[[int], object]] | None = None,
-) -> list[Outcome]:
-    """Train networks in place as `context.train` would one by one, as many at once as `training.ensemble` says; log their curves.
+
+@dataclass(frozen=True)
+class Trainee(Generic[Network]):
+    """A network and how it is to be trained: what `Context.train` takes."""
+
+    network: Network
+    name: str
+    seed: int
+    objective: Objective = end_to_end
+    on_step: Callable[[int], object] | None = None
+    config: TrainingConfig | None = None
+
+
+def train_all(context: Context, trainees: Sequence[Trainee[Any]]) -> list[Outcome]:
+    """Train networks in place as `context.train` would one by one; of those alike, as many at once as `training.ensemble` says.
 
     Args:
         context: what the experiment measures with.
-        networks: what is trained.
-        names: of their curves.
-        seeds: of the orders of the images.
-        objective: what each minimises.
-        config: the training, where it is not the configured one.
-        on_step: one a network, as `context.train` takes it.
+        trainees: alike are those that differ in values, names, seeds, learning rates and optimisers alone.
+
+    Returns: how each training ended, in the order of the trainees.
     """
-    training = config or context.config.training
-    bar = context.bars.add_task(names[0], total=len(networks) * context.steps(training))
+    groups: list[list[int]] = []
+    for place, trainee in enumerate(trainees):
+        like = (group for group in groups if _are_alike(context, trainees[group[0]], trainee))
+        found = next(like, None)
+        if found is None:
+            groups.append(found := [])
+        found.append(place)
+    outcomes: dict[int, Outcome] = {}
+    for group in groups:
+        outcomes |= zip(group, _train_alike(context, [trainees[place] for place in group]), strict=True)
+    return [outcomes[place] for place in range(len(trainees))]
+
+
+def _are_alike(context: Context, one: Trainee[Any], other: Trainee[Any]) -> bool:
+    configs = [trainee.config or context.config.training for trainee in (one, other)]
+    return one.objective == other.objective and unlikeness([one.network, other.network], configs) is None
+
+
+def _train_alike(context: Context, trainees: Sequence[Trainee[Any]]) -> list[Outcome]:
+    networks, configs = [each.network for each in trainees], [each.config or context.config.training for each in trainees]
+    bar = context.bars.add_task(trainees[0].name, total=len(trainees) * context.steps(configs[0]))
 
     def observer(look: Callable[[int], object] | None) -> Observer:
         def stepped(step: int, total: int) -> object:
@@ -44,10 +68,10 @@ def train_all(
 
     checkpoint, done = context.checkpoint, context.tally["trainings"]
     keepers = (lambda index: Training(checkpoint, done + index)) if checkpoint else None
-    orders = [context.generator("order", seed) for seed in seeds]
-    observers = [observer(on_step[index] if on_step else None) for index in range(len(networks))]
-    outcomes = train_together(networks, context.data, [training] * len(networks), orders, objective, observers, keepers)
+    orders = [context.generator("order", each.seed) for each in trainees]
+    observers = [observer(each.on_step) for each in trainees]
+    outcomes = train_together(networks, context.data, configs, orders, trainees[0].objective, observers, keepers)
     context.bars.remove_task(bar)
-    for name, outcome in zip(names, outcomes, strict=True):
-        context.record(name, outcome)
+    for each, outcome in zip(trainees, outcomes, strict=True):
+        context.record(each.name, outcome)
     return outcomes

@@ -10,7 +10,7 @@ import torch
 from src.checkpoint import Checkpoint
 from src.experiment import Context
 from src.tracking import Silent
-from src.trainings import train_all
+from src.trainings import Trainee, train_all
 from tests.experiments.measured import context as small
 
 
@@ -33,7 +33,11 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
     names = [f"seed {seed}" for seed in range(3)]
     alone, networks = ([each.network(each.config.model, seed) for seed in range(3)] for each in (one_by_one, together))
     expected = [one_by_one.train(network, name, seed) for seed, (network, name) in enumerate(zip(alone, names, strict=True))]
-    outcomes = train_all(together, networks, names, range(3), on_step=[partial(divmod, 10 + seed) for seed in range(3)])
+    watched = [
+        Trainee(network, name, seed, on_step=partial(divmod, 10 + seed))
+        for seed, (network, name) in enumerate(zip(networks, names, strict=True))
+    ]
+    outcomes = train_all(together, watched)
     assert [(outcome.status, outcome.steps) for outcome in outcomes] == [(outcome.status, outcome.steps) for outcome in expected]
     for a, b in zip(alone, networks, strict=True):
         torch.testing.assert_close(dict(b.state_dict()), dict(a.state_dict()), rtol=1e-5, atol=1e-5)
@@ -49,7 +53,7 @@ def test_they_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     def trained(folder: Path | None) -> tuple[list[dict[str, torch.Tensor]], Context]:
         context = replace(lab(2), checkpoint=Checkpoint(folder, {}) if folder else None)
         networks = [context.network(context.config.model, seed) for seed in range(3)]
-        train_all(context, networks, [f"seed {seed}" for seed in range(3)], range(3))
+        train_all(context, [Trainee(network, f"seed {seed}", seed) for seed, network in enumerate(networks)])
         return [dict(network.state_dict()) for network in networks], context
 
     truth, _ = trained(None)

@@ -107,7 +107,7 @@ def unlikeness(models: Sequence[nn.Module], configs: Sequence[TrainingConfig]) -
     """Why networks can't be stacked, or None: they or their trainings differ in more than values, or something hangs on them."""
     if len({(c.batch_size, c.epochs, c.max_steps, c.precision) for c in configs}) > 1:
         return "their batch sizes, lengths or precisions differ"
-    if len({(str(model), tuple((name, tensor.shape) for name, tensor in _state(model).items())) for model in models}) > 1:
+    if any(_architecture(model) != _architecture(models[0]) for model in models[1:]):
         return "their architectures differ"
     tensors = [tensor for model in models for tensor in _state(model).values()]
     if len(set(map(id, tensors))) < len(tensors):
@@ -119,6 +119,15 @@ def unlikeness(models: Sequence[nn.Module], configs: Sequence[TrainingConfig]) -
     if any(getattr(module, kind) for model in models for module in model.modules() for kind in hooks):
         return "modules have hooks"
     return None
+
+
+def _architecture(model: nn.Module) -> object:
+    """All of a network but the values of its tensors."""
+    constants = [
+        {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, bool | int | float | str)}
+        for module in model.modules()
+    ]
+    return str(model), constants, [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in _state(model).items()]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

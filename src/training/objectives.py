@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from src.models.exits import MultiExit
@@ -59,6 +60,21 @@ class DeepSupervision:
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on from there."""
         self.evaluations = state_dict["evaluations"]
+
+
+@dataclass(frozen=True)
+class ScaledSteps:
+    """The mean cross-entropy in nats, by which SGD takes `factor` times its rate at the weights of all dense layers but the readout."""
+
+    factor: float
+
+    def __call__(self, model: nn.Module, images: Float[Tensor, "b ..."], labels: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of a batch; behind it the gradients of hidden weights are `factor` times its own."""
+        *hidden, _ = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        parameters = dict(model.named_parameters())
+        fixed = {name: parameters[name].detach() for name in hidden}
+        scaled = {name: value + self.factor * (parameters[name] - value) for name, value in fixed.items()}
+        return cross_entropy(functional_call(model, scaled, (images,)), labels)
 
 
 def split_gradients(

@@ -52,15 +52,3 @@ FACTORS: Mapping[str, Callable[[int, int], float]] = {
     "steps": _steps,
     "warm_steps": _warm_steps,
 }
-
-
-def scale_steps(network: nn.Module, factor: float) -> None:
-    """Let SGD take `factor` times its learning rate at the weights of every dense layer but the last, the readout.
-
-    Args:
-        network: with dense layers; their gradients are multiplied from now on.
-        factor: of the learning rate.
-    """
-    *hidden, _ = (module.weight for module in network.modules() if isinstance(module, nn.Linear))
-    for weight in hidden:
-        weight.register_hook(lambda gradient: factor * gradient)

@@ -82,7 +82,7 @@ def ensemble_width(models: Sequence[nn.Module], data: Data, configs: Sequence[Tr
     reason = reason or slower(models, data, configs[0])
     room = 1 if reason else MEMORY[data.mean.device.type] // member_bytes(models[0], data, configs[0], objective)
     width = max(1, min(room, len(models)))
-    log.info("%d networks train %s", len(models), f"{width} at once" if width > 1 else f"one by one: {reason or 'memory'}")
+    log.debug("%d networks train %s", len(models), f"{width} at once" if width > 1 else f"one by one: {reason or 'memory'}")
     return width
 
 

@@ -15,6 +15,7 @@ from src.experiment import Context
 from src.jacobian.normalised import batch_norm_growth, normalisation_jacobian
 from src.locking import error_signals, growth
 from src.models.start import neutral_readout
+from src.training.objectives import ScaledSteps
 from tests.experiments.measured import Change, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "batchnorm_stabilization"
@@ -196,8 +197,7 @@ def trained(lab: Context, weight_var: float, factor: float) -> torch.Tensor:
     """The outputs of a BN chain after a few steps, those of its hidden weights `factor` times as large."""
     network = lab.network(claim._net(lab.config, depth=5, width=32, weight_var=weight_var), 0)
     neutral_readout(network, weight_var)
-    claim.scale_steps(network, factor)
-    lab.train(network, "trained", 0, config=replace(lab.config.training, max_steps=8, batch_size=32))
+    lab.train(network, "trained", 0, ScaledSteps(factor), config=replace(lab.config.training, max_steps=8, batch_size=32))
     with torch.no_grad():
         return network.train()(lab.samples(lab.data.test, 50)[0])
 

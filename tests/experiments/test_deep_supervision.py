@@ -253,7 +253,7 @@ def test_adam_has_the_rate_that_trains_best() -> None:
 def test_a_training_that_diverges_has_no_early_lead_and_no_gradient_after_it() -> None:
     lab = small_context(NAME, "training.lr=1e30", "training.max_steps=2")
     model = replace(lab.config.model, weight_var=1.761, depth=4, activation="relu")
-    rows = pd.DataFrame(claim._training(lab, model, claim.Supervision(1.0, 1, "constant"), 0))
+    rows = pd.DataFrame(claim._taught(lab, [claim.Lesson.of(lab, model, claim.Supervision(1.0, 1, "constant"), 0)]))
     assert pick(rows, "diverged")["value"].tolist() == [1.0]
     assert pick(rows, "early_accuracy")["value"].tolist() == pick(rows, "test_accuracy")["value"].tolist()
     assert set(rows["when"].dropna()) == {"initial"}
@@ -264,14 +264,14 @@ def test_convolutional_nets_are_trained_where_the_grid_asks_for_them_and_an_erro
     """Plain, deeply supervised, and with the exit half-way of Inception-v3."""
     small = ("grid.conv_widths=[2]", "grid.depths=[3,4]", "grid.train_depths=[3]", "grid.exit_spacings=[1]", "grid.samples=4")
     lab = small_context(NAME, *small)
-    assert not [model for model, _ in claim._trained(lab) if model.family == "vgg"]
+    assert not [model for model in claim._trained(lab) if model.family == "vgg"]
     monkeypatch.setitem(claim.DSN_ERROR, "digits", 9.69)
-    trained = [(model, setting) for model, setting in claim._trained(lab) if model.family == "vgg"]
-    assert [work.steps for work in claim.plan(lab) if work.model.family == "vgg"] == [2, 2, 2]
-    rows = pd.DataFrame([row for of_net in trained for row in claim._training(lab, *of_net, 0)])
+    ((model, settings),) = ((model, settings) for model, settings in claim._trained(lab).items() if model.family == "vgg")
+    assert [(work.networks, work.steps) for work in claim.plan(lab) if work.model.family == "vgg"] == [(3 * 2, 2)]
+    rows = pd.DataFrame(claim._taught(lab, [claim.Lesson.of(lab, model, setting, 0) for setting in settings]))
     assert (set(rows["part"]), set(rows["every"])) == ({"published"}, {0, 1, 4})
     assert len(pick(rows, "test_accuracy")) == len(pick(rows, "early_accuracy")) == 3
-    plain, *supervised = (claim.supervise(lab, lab.network(model, 0), model, setting.every, 0) for model, setting in trained)
+    plain, *supervised = (claim.supervise(lab, lab.network(model, 0), model, setting.every, 0) for setting in settings)
     assert [list(network.exits) for network in (plain, supervised[1])] == [[], ["conv4"]]
     assert list(supervised[0].exits) == [f"conv{index}" for index in range(1, 7)] + ["dense"]
     found = verdicts(NAME, pd.concat([small_rows(NAME), rows]))

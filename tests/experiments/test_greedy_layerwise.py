@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -12,13 +13,15 @@ from torch.nn.functional import cross_entropy
 from experiments import greedy_layerwise as claim
 from experiments import greedy_published, greedy_rules
 from experiments.greedy_rules import Rule
-from src.config import ModelConfig, TrainingConfig
+from src.config import ModelConfig
 from src.errors import UserError
 from src.experiment import Context
 from src.mean_field import chi
 from src.plan import networks_and_steps
 from src.rows import pick
 from src.training.local import all_blocks, gradients, later_influence
+from src.training.loop import Outcome
+from src.trainings import Trainee
 from tests.experiments.measured import after, config, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "greedy_layerwise"
@@ -330,7 +333,7 @@ def train(lab: Context, rule: Rule) -> tuple[int, list[torch.Tensor], list[torch
     blocks = applied(lab, rule).float()
     before = [next(stage.parameters()).clone() for stage in blocks.stages]
     start = lab.tally["steps"]
-    outcome = greedy_rules.train(lab, blocks, rule, lab.config.training, "rule", 0)
+    (outcome,) = greedy_rules.train_by(lab, rule, [Trainee(blocks, "rule", 0)])
     return lab.tally["steps"] - start, before, [next(stage.parameters()) for stage in blocks.stages], outcome
 
 
@@ -403,14 +406,15 @@ def test_rules_that_are_trained() -> None:
 
 
 def test_every_rule_is_trained_at_the_rate_that_tells_most_training_images_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    used, train = {}, Context.train
+    used, train_all = {}, greedy_rules.train_all
 
-    def recorded(lab: Context, network: torch.nn.Module, name: str, seed: int, *others: object, config: TrainingConfig, **named: object):
-        if seed == 0:  # the network that rates are tried on is the next
-            used[name.rpartition(", seed")[0]] = (float(config.optimizer == "adam"), config.lr)
-        return train(lab, network, name, seed, *others, config=config, **named)
+    def recorded(lab: Context, trainees: Sequence[Trainee]) -> list[Outcome]:
+        for each in trainees:
+            if each.seed == 0:  # the network that rates are tried on is the next
+                used[each.name.rpartition(", seed")[0]] = (float(each.config.optimizer == "adam"), each.config.lr)
+        return train_all(lab, trainees)
 
-    monkeypatch.setattr(Context, "train", recorded)
+    monkeypatch.setattr(greedy_rules, "train_all", recorded)
     rows = claim.measure(small_context(NAME, "grid.train_depths=[4]", "grid.train_seeds=1"))
     keys = ["chain", "depth", *claim.RULE]
     tried = pick(rows, "train_accuracy", part="rates")

@@ -1,6 +1,7 @@
 """rank_bottleneck: the ranks against naive matrices, the example, exact ranks in rational arithmetic, frozen and thawed directions."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
@@ -21,6 +22,8 @@ from src.experiment import Context
 from src.models import build
 from src.models.bottleneck import dense_layer, factorised, replace_dense
 from src.rows import pick
+from src.training.loop import Outcome
+from src.trainings import Trainee
 from tests.experiments.measured import config, context, digits, put, small_context, small_rows, verdicts
 from tests.jacobian import naive
 
@@ -473,15 +476,15 @@ def test_one_layer_merges_two(lab: Context) -> None:
 
 def test_only_the_weights_of_the_layers_named_are_trained(lab: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, tuple[nn.Module, nn.Module]] = {}
-    train = Context.train
+    train_all = claim.train_all
 
-    def spy(self: Context, network: nn.Module, name: str, *arguments, **options):
-        start = copy.deepcopy(network)
-        outcome = train(self, network, name, *arguments, **options)
-        seen[name] = start, network
-        return outcome
+    def spy(context: Context, trainees: Sequence[Trainee]) -> list[Outcome]:
+        starts = {each.name: copy.deepcopy(each.network) for each in trainees}
+        outcomes = train_all(context, trainees)
+        seen.update({each.name: (starts[each.name], each.network) for each in trainees})
+        return outcomes
 
-    monkeypatch.setattr(Context, "train", spy)
+    monkeypatch.setattr(claim, "train_all", spy)
     list(claim._trainings(lab))
     assert len(seen) == 9
     for name, (start, end) in seen.items():
@@ -532,8 +535,8 @@ def test_one_step_of_a_linear_chain_is_written_out() -> None:
 
 
 def test_a_training_that_diverges_leaves_its_ranks_out(lab: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Context.train
-    monkeypatch.setattr(Context, "train", lambda *arguments, **options: replace(train(*arguments, **options), status="diverged"))
+    train_all = claim.train_all
+    monkeypatch.setattr(claim, "train_all", lambda *asked: [replace(outcome, status="diverged") for outcome in train_all(*asked)])
     rows = pd.DataFrame(claim._trainings(lab))
     assert set(rows["quantity"]) == {"train_accuracy", "test_accuracy", "diverged"}
     assert (pick(rows, "diverged")["value"] == 1).all()
