@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from src import trainings
 from src.checkpoint import Checkpoint
 from src.experiment import Context
 from src.tracking import Silent
+from src.training.loop import Outcome, end_to_end
+from src.training.objectives import ScaledSteps
+from src.training.together import train_together
 from src.trainings import Trainee, train_all
 from tests.experiments.measured import context as small
 
@@ -47,6 +52,36 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
     assert all(curve["step"] == [0, 5] for curve in together.tracker.curves.values())
     assert set(together.seconds) == set(names)
     assert min(together.seconds.values()) > 0
+
+
+def test_only_those_alike_train_together_and_each_outcome_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two architectures, two objectives and two rates, mixed: the rates alone may train as one."""
+    together, alone, groups = lab(8), lab(1), []
+
+    def counted(networks: list[nn.Module], *others: object) -> list[Outcome]:
+        groups.append(len(networks))
+        return train_together(networks, *others)
+
+    monkeypatch.setattr(trainings, "train_together", counted)
+
+    def trainees(context: Context) -> list[Trainee]:
+        usual, wide = context.config.model, replace(context.config.model, width=12)
+        slow = replace(context.config.training, lr=context.config.training.lr / 2)
+        asked = [(usual, end_to_end, None), (wide, end_to_end, None), (usual, ScaledSteps(0.5), None), (usual, end_to_end, slow)]
+        return [
+            Trainee(context.network(model, seed), f"{number}, seed {seed}", seed, objective, config=config)
+            for seed in range(2)
+            for number, (model, objective, config) in enumerate(asked)
+        ]
+
+    batched, single = trainees(together), trainees(alone)
+    outcomes, expected = train_all(together, batched), [alone.train(**vars(each)) for each in single]
+    assert groups == [4, 2, 2]
+    for a, b in zip(batched, single, strict=True):
+        torch.testing.assert_close(dict(a.network.state_dict()), dict(b.network.state_dict()), rtol=1e-5, atol=1e-5)
+    told = [torch.tensor([list(each.metrics().values()) for each in found]) for found in (outcomes, expected)]
+    torch.testing.assert_close(*told, rtol=0, atol=1e-3)
+    assert len({tuple(each.history.iloc[-1]) for each in outcomes}) == 8
 
 
 def test_they_go_on_from_a_checkpoint(tmp_path: Path) -> None:

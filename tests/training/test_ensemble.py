@@ -18,10 +18,11 @@ from src.errors import UserError
 from src.models import build
 from src.models.exits import with_exits
 from src.models.layers import Layers
+from src.models.logistic import InTanhCoordinates
 from src.training.ensemble import train_ensemble
 from src.training.local import OneBlock, all_blocks, blockwise
 from src.training.loop import CHECK_EVERY, Objective, Outcome, end_to_end, train
-from src.training.objectives import DeepSupervision
+from src.training.objectives import DeepSupervision, ScaledSteps
 from tests.training.sets import as_data, small_set
 from tests.training.test_loop import Killed, Memory, config
 
@@ -61,6 +62,21 @@ def exits(data: Data) -> list[nn.Module]:
     layers = [Layers(model_config(), rng(seed + 50)) for seed in range(3)]
     names = ["layer1", "layer2"]
     return [with_exits(chain, names, own, data.shape, CLASSES) for chain, own in zip(chains(data), layers, strict=True)]
+
+
+def frozen(data: Data, *layers: int) -> list[nn.Module]:
+    """The first two stages' biases, and those of further ones, aren't trained."""
+    models = chains(data)
+    for model in models:
+        for layer in (0, 1, *layers):
+            model[layer].linear.bias.requires_grad_(False)
+    return models
+
+
+def powers(exponent: float) -> nn.Module:
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
+    chain.exponent = exponent
+    return chain
 
 
 def one_by_one(
@@ -117,6 +133,9 @@ CASES: dict[str, tuple[Callable[[Data], list[nn.Module]], int, list[TrainingConf
     "pred": (lambda data: blocks(data, "pred"), 3, UNLIKE, lambda: all_blocks),
     "predsim": (lambda data: blocks(data, "predsim"), 3, UNLIKE, lambda: all_blocks),
     "sim, one block": (lambda data: blocks(data, "sim"), 3, [ADAM] * 3, lambda: OneBlock(1)),
+    "in another net's coordinates": (lambda data: [InTanhCoordinates(chain) for chain in chains(data)], 3, ALIKE, lambda: end_to_end),
+    "scaled steps": (lambda data: chains(data, norm="batch"), 3, UNLIKE, lambda: ScaledSteps(0.1)),
+    "some weights frozen": (frozen, 3, ALIKE, lambda: end_to_end),
     "deep supervision, fading": (exits, 3, UNLIKE, lambda: DeepSupervision({"layer1": 0.5}, fading=60)),
 }
 
@@ -288,18 +307,21 @@ def with_gradient_hook(data: Data) -> list[nn.Module]:
     return models
 
 
-REFUSED: dict[str, tuple[Callable[[Data], list[nn.Module]], list[TrainingConfig]]] = {
-    "architectures differ": (lambda data: [*chains(data, 2), *chains(data, 1, width=9)], ALIKE),
-    "batch sizes, lengths or precisions differ": (chains, [SGD, SGD, replace(SGD, batch_size=8)]),
-    "they share parameters": (lambda data: [chains(data)[0]] * 3, ALIKE),
-    "modules have hooks": (hooked, ALIKE),
-    "parameters have hooks": (with_gradient_hook, ALIKE),
+DIFFER = "their architectures differ"
+REFUSED: dict[str, tuple[str, Callable[[Data], list[nn.Module]], list[TrainingConfig]]] = {
+    "another width": (DIFFER, lambda data: [*chains(data, 2), *chains(data, 1, width=9)], ALIKE),
+    "another constant": (DIFFER, lambda data: [powers(1.0), powers(1.0), powers(2.0)], ALIKE),
+    "another frozen": (DIFFER, lambda data: [*frozen(data)[:2], frozen(data, 2)[2]], ALIKE),
+    "another batch size": ("batch sizes, lengths or precisions differ", chains, [SGD, SGD, replace(SGD, batch_size=8)]),
+    "shared": ("they share parameters", lambda data: [chains(data)[0]] * 3, ALIKE),
+    "hooks": ("modules have hooks", hooked, ALIKE),
+    "gradient hooks": ("parameters have hooks", with_gradient_hook, ALIKE),
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_networks_that_cannot_be_stacked_are_refused(reason: str) -> None:
-    make, configs = REFUSED[reason]
+@pytest.mark.parametrize("case", REFUSED)
+def test_networks_that_cannot_be_stacked_are_refused(case: str) -> None:
+    reason, make, configs = REFUSED[case]
     with pytest.raises(ValueError, match=reason):
         together(make(images(3)), images(3), configs)
 
