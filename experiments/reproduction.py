@@ -7,7 +7,7 @@ reaches, is tried at every scale.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -141,13 +141,11 @@ def _trained(context: Context, setting: Setting) -> Iterator[Row]:
     nets = [_whole(context, setting, seed) for seed in seeds]
     look = _Look(context.samples(context.data.test, context.config.grid.samples)[0], steps)
     courses = [{0: look.at(whole)} for whole in nets]
-    # who trains one layer of many puts the others into another mode, which only its own network may be in
-    training = replace(setting.training, ensemble=1) if net.sequential else setting.training
     outcomes: list[Outcome] = []
     for turn, objective in enumerate(_objectives(setting, nets[0], steps)):
         name = f"{net.name}, depth {model.depth}, σw² {model.weight_var:g}, turn {turn + 1}"
         trainees = [
-            Trainee(whole, f"{name}, seed {seed}", seed, objective, partial(look, whole), training)
+            Trainee(whole, f"{name}, seed {seed}", seed, objective, partial(look, whole), setting.training)
             for seed, whole in zip(seeds, nets, strict=True)
         ]
         outcomes = train_all(context, trainees)

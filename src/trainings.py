@@ -9,7 +9,7 @@ from torch import nn
 from src.checkpoint import Training
 from src.config import TrainingConfig
 from src.experiment import Context
-from src.training.ensemble import Observer, unlikeness
+from src.training.ensemble import Observer, in_common
 from src.training.loop import Objective, Outcome, end_to_end
 from src.training.together import train_together
 
@@ -37,22 +37,18 @@ def train_all(context: Context, trainees: Sequence[Trainee[Any]]) -> list[Outcom
 
     Returns: how each training ended, in the order of the trainees.
     """
+    kinds: list[object] = []
     groups: list[list[int]] = []
     for place, trainee in enumerate(trainees):
-        like = (group for group in groups if _are_alike(context, trainees[group[0]], trainee))
-        found = next(like, None)
-        if found is None:
-            groups.append(found := [])
-        found.append(place)
+        kind = trainee.objective, in_common(trainee.network, trainee.config or context.config.training)
+        if kind not in kinds:
+            kinds.append(kind)
+            groups.append([])
+        groups[kinds.index(kind)].append(place)
     outcomes: dict[int, Outcome] = {}
     for group in groups:
         outcomes |= zip(group, _train_alike(context, [trainees[place] for place in group]), strict=True)
     return [outcomes[place] for place in range(len(trainees))]
-
-
-def _are_alike(context: Context, one: Trainee[Any], other: Trainee[Any]) -> bool:
-    configs = [trainee.config or context.config.training for trainee in (one, other)]
-    return one.objective == other.objective and unlikeness([one.network, other.network], configs) is None
 
 
 def _train_alike(context: Context, trainees: Sequence[Trainee[Any]]) -> list[Outcome]:

@@ -105,9 +105,10 @@ def train_ensemble(
 
 def unlikeness(models: Sequence[nn.Module], configs: Sequence[TrainingConfig]) -> str | None:
     """Why networks can't be stacked, or None: they or their trainings differ in more than values, or something hangs on them."""
-    if len({(c.batch_size, c.epochs, c.max_steps, c.precision) for c in configs}) > 1:
+    lengths, architectures = zip(*map(in_common, models, configs), strict=True)
+    if any(length != lengths[0] for length in lengths):
         return "their batch sizes, lengths or precisions differ"
-    if any(_architecture(model) != _architecture(models[0]) for model in models[1:]):
+    if any(architecture != architectures[0] for architecture in architectures):
         return "their architectures differ"
     tensors = [tensor for model in models for tensor in _state(model).values()]
     if len(set(map(id, tensors))) < len(tensors):
@@ -121,13 +122,14 @@ def unlikeness(models: Sequence[nn.Module], configs: Sequence[TrainingConfig]) -
     return None
 
 
-def _architecture(model: nn.Module) -> object:
-    """All of a network but the values of its tensors."""
+def in_common(model: nn.Module, config: TrainingConfig) -> tuple[object, object]:
+    """What all members must have in common: of the training its length; of the network all but the values of its tensors."""
     constants = [
         {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, bool | int | float | str)}
         for module in model.modules()
     ]
-    return str(model), constants, [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in _state(model).items()]
+    tensors = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in _state(model).items()]
+    return (config.batch_size, config.epochs, config.max_steps, config.precision), (str(model), constants, tensors)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
