@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 Product = Callable[[Tensor], Tensor]
 FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
@@ -33,7 +34,7 @@ class Largest:
         residual: ‖Jᵀu − θv‖ of the Ritz pair: some singular value lies within it of θ.
         gap: θ less the next Ritz value.
         smallest: the smallest Ritz value with its residual: σ_min, k = min(m, d), lies below; inf where the directions ran out.
-        steps: products with J, and as many with Jᵀ.
+        steps: products with J, and as many with Jᵀ, that each matrix took.
     """
 
     value: Float[Tensor, " n"]
@@ -41,7 +42,7 @@ class Largest:
     residual: Float[Tensor, " n"]
     gap: Float[Tensor, " n"]
     smallest: Float[Tensor, " n"]
-    steps: int
+    steps: Int[Tensor, " n"]
 
     @property
     def error(self) -> Float[Tensor, " n"]:
@@ -53,8 +54,8 @@ class Largest:
 
         Returns: inf where the steps are too few to tell.
         """
-        root = math.log(1.648 * math.sqrt(self.vector.shape[1]) / risk) / (2 * self.steps - 1)
-        return self.value / math.sqrt(1 - root**2) if root < 1 else torch.full_like(self.value, torch.inf)
+        root = math.log(1.648 * math.sqrt(self.vector.shape[1]) / risk) / (2 * self.steps.to(self.value) - 1)
+        return torch.where(root < 1, self.value / (1 - root.square()).clamp(min=0).sqrt(), torch.inf)
 
 
 def steps_for(slack: float, risk: float, columns: int) -> int:
@@ -86,31 +87,32 @@ def largest(
     u, alpha = _unit(push(v))
     alphas, basis = [alpha], [v]
     betas: list[Tensor] = []
-    found = Largest(alpha.clone(), v.clone(), alpha.clone(), alpha.clone(), alpha.clone(), 1)
     waiting = torch.arange(len(v), device=v.device)
+    found = Largest(alpha.clone(), v.clone(), alpha.clone(), alpha.clone(), alpha.clone(), torch.ones_like(waiting))
     look = least
     # what is left where the Krylov space is exhausted is rounding
     rounding, top = 100 * torch.finfo(alpha.dtype).eps, alpha
     most = min(most, v.shape[1] + 1, u.shape[1] + 1)
     while True:
         r, beta = _unit(torch.addcmul(pull(u), alpha[:, None], v, value=-1), rounding * top)
+        betas.append(beta)
         steps = len(alphas)
         at_end = steps >= most or not beta.any()
         if at_end or steps == look:
             before = found.value[waiting]
-            q, smallest = _look(found, waiting, alphas, [*betas, beta])
+            q, smallest = _look(found, waiting, torch.stack(alphas, 1)[waiting], torch.stack(betas, 1)[waiting])
             # a start with little of the first singular vector in it converges to the second for a while
             settled = (found.value[waiting] - before <= tolerance * before) & (found.error <= tolerance * found.value)[waiting]
             wait = ~settled & (not at_end)
             done = waiting[~wait]
             if len(done):
+                found.steps[done] = steps
                 found.smallest[done] = smallest(~wait)
                 found.vector[done] = _unit(sum(part[:, None] * v[done] for part, v in zip(q[~wait].T, basis, strict=True)))[0]
             waiting = waiting[wait]
             if len(waiting) == 0:
-                return replace(found, steps=steps)
+                return found
             look += max(3, steps // 4)
-        betas.append(beta)
         v = r
         basis.append(v)
         u, alpha = _unit(torch.addcmul(push(v), beta[:, None], u, value=-1), rounding * top)
@@ -139,11 +141,9 @@ def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REF
 
 
 def joined(parts: Sequence[Largest]) -> Largest:
-    """Several batches as one; the fewest steps of any."""
-    value, vector, residual, gap, smallest = (
-        torch.cat(values) for values in zip(*((p.value, p.vector, p.residual, p.gap, p.smallest) for p in parts), strict=True)
-    )
-    return Largest(value, vector, residual, gap, smallest, min(part.steps for part in parts))
+    """Several batches as one."""
+    each = ((part.value, part.vector, part.residual, part.gap, part.smallest, part.steps) for part in parts)
+    return Largest(*(torch.cat(values) for values in zip(*each, strict=True)))
 
 
 def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 0.0) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
@@ -154,33 +154,45 @@ def _unit(vectors: Float[Tensor, "n d"], nothing: Float[Tensor, " n"] | float = 
 
 
 def _look(
-    found: Largest, at: Int[Tensor, " w"], alphas: list[Tensor], betas: list[Tensor]
+    found: Largest, at: Int[Tensor, " w"], diagonal: Float[Tensor, "w k"], beside: Float[Tensor, "w k"]
 ) -> tuple[Float[Tensor, "w k"], Callable[[Tensor], Tensor]]:
     """Take down the largest Ritz values of what is still waited for, from the eigenvalues of BBᵀ: σ₁ loses nothing by the square.
 
+    Args:
+        found: where to take them down.
+        at: the matrices that are waited for.
+        diagonal: α of their B.
+        beside: its β, the last of them outside of it.
+
     Returns: the last right singular vector of every B; what gives the smallest Ritz value with its residual of those that are asked for.
     """
-    diagonal, beside = torch.stack(alphas, 1)[at], torch.stack(betas, 1)[at]
-    B = torch.diag_embed(diagonal) + torch.diag_embed(beside[:, :-1], 1)
+    inner = beside[:, :-1]
     # LAPACK refuses NaN; squares in single precision may overflow
-    exact = B.cpu().double()
-    T = (exact @ exact.mT).nan_to_num(0, 0, 0)
+    α, β = diagonal.cpu().double(), inner.cpu().double()
+    T = torch.diag_embed(α.square() + pad(β.square(), (0, 1)))
+    T += torch.diag_embed(α[:, 1:] * β, 1) + torch.diag_embed(α[:, 1:] * β, -1)
+    T = T.nan_to_num(0, 0, 0)
     squares = torch.linalg.eigvalsh(T).clamp(min=0)
-    values = torch.where(B.isfinite().flatten(1).all(1, keepdim=True), squares.sqrt().to(B), torch.nan)
-    last = _outer_vector(T, squares, -1).to(B)
+    finite = (diagonal.isfinite().all(1) & inner.isfinite().all(1)).unsqueeze(1)
+    values = torch.where(finite, squares.sqrt().to(diagonal), torch.nan)
+    last = _outer_vector(T, squares, -1).to(diagonal)
     residual = beside[:, -1] * last[:, -1].abs()
     found.value[at], found.residual[at] = values[:, -1], residual
     # once θ has converged to √ε, a copy of it comes: the next value tells nothing any more
-    rough = residual > torch.finfo(B.dtype).eps ** 0.5 * values[:, -1]
+    rough = residual > torch.finfo(values.dtype).eps ** 0.5 * values[:, -1]
     gap = values[:, -1] - values[:, -2] if values.shape[1] > 1 else values[:, -1]
     found.gap[at] = torch.where(rough, gap, found.gap[at])
 
-    def smallest(of: Bool[Tensor, " w"]) -> Float[Tensor, " _"]:
-        least = _outer_vector(T[of], squares[of], 0).to(B)
-        back = torch.linalg.vector_norm((least.unsqueeze(1) @ B[of]).squeeze(1), dim=1)
-        return torch.where(diagonal[of].amin(1) > 0, torch.hypot(back, beside[of, -1] * least[:, -1]), torch.inf)
+    def back(p: Tensor, of: slice | Tensor) -> Tensor:
+        """Bᵀp."""
+        return diagonal[of] * p + pad(inner[of] * p[:, :-1], (1, 0))
 
-    return _unit((last.unsqueeze(1) @ B).squeeze(1))[0], smallest
+    def smallest(of: Bool[Tensor, " w"]) -> Float[Tensor, " _"]:
+        least = _outer_vector(T[of], squares[of], 0).to(diagonal)
+        θ = torch.linalg.vector_norm(back(least, of), dim=1)
+        return torch.where(diagonal[of].amin(1) > 0, torch.hypot(θ, beside[of, -1] * least[:, -1]), torch.inf)
+
+    return _unit(back(last, slice(None)))[0], smallest
 
 
 def _outer_vector(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w k"], which: Literal[0, -1]) -> Float64[Tensor, "w k"]:
