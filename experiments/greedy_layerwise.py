@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from experiments import greedy_published
 from experiments.greedy_rules import (
     LOCAL,
     RULE,
@@ -93,9 +92,6 @@ def check(config: Config, data: Data) -> None:
     require(max(grid.block_sizes) < min(grid.train_depths), "grid.block_sizes: less than the smallest of grid.train_depths")
     require(set(grid.similarity_blocks) <= set(grid.block_sizes), "grid.similarity_blocks: of grid.block_sizes")
     require(grid.samples <= len(data.test), f"grid.samples: at most {len(data.test)}, the test images")
-    require(
-        len(grid.published_widths) in (0, 3), "grid.published_widths: three, of the MLP on MNIST, the MLP on CIFAR-10 and the CNN, or none"
-    )
     require(planned_steps(config.training, len(data.train)) >= 2, "training.max_steps: at least 2")
 
 
@@ -109,12 +105,12 @@ def plan(context: Context) -> list[Work]:
         for rule in _rules(config, chain, model.depth):
             asked = turn_count(rule, model.depth) * steps
             works += [Work(model, len(rates(config)), asked), Work(model, seeds, asked, look)]
-    return [*works, *greedy_published.works(context)]
+    return works
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    return context.rows(_independence, _trainings, greedy_published.trainings)
+    return context.rows(_independence, _trainings)
 
 
 def _models(config: Config, chain: str) -> list[ModelConfig]:
@@ -267,8 +263,6 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "costs_little_unlocked": against_backprop,
         "larger_blocks": _gaps(linear.query("block > 1"), layerwise, ["loss", "schedule"]),
         "deeper_heads": _gaps(local.query("hidden > 0"), layerwise, ["loss", "schedule"]),
-        "published_mlp": greedy_published.cells(rows, "mlp"),
-        "published_greedy_cnn": greedy_published.cells(rows, "vgg"),
     }
     return judge_forms("greedy_layerwise", criteria, cells)
 

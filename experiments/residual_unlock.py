@@ -2,23 +2,22 @@
 
 Plain, original and pre-activation residual MLPs (He et al. 2016, CVPR and ECCV) of equal depth and parameters: the residual gradient
 equation, σ_min(I+J) against 1−‖J‖, gradients end to end, the growth of Var(x_l) with and without normalisation (De & Smith 2020),
-and the accuracy gap against depth, at initialisation and after training; on CIFAR-10 the published errors of plain and residual nets.
+and the accuracy gap against depth, at initialisation and after training. Published errors are held to by experiment=reproduction/he2016.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from src.chain import cut
-from src.config import Config, Criterion, ModelConfig, Norm, Skip, TrainingConfig, require
+from src.config import Config, Criterion, ModelConfig, Norm, Skip, require
 from src.data.load import Data
 from src.experiment import Context, network_columns
 from src.jacobian.materialised import layer_jacobian
@@ -28,7 +27,6 @@ from src.plan import Work
 from src.rows import Row, measured, pick
 from src.spectrum import spectrum
 from src.statistics import Estimate, greatest, least, paired_difference, slope, t_interval
-from src.training.loop import end_to_end
 from src.trainings import Trainee, train_all
 from src.verdict import Verdict, cell, cells_by, judge_forms
 
@@ -50,10 +48,6 @@ QUANTITIES = {
 }
 SKIPS: tuple[Skip, ...] = ("none", "original", "preactivation")
 NORMS: tuple[Norm, ...] = ("none", "batch")
-# CIFAR-10 test error of ResNets by their depth, in percent (He et al. 2016, CVPR, Table 6)
-TABLE_6 = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
-PUBLISHED: tuple[Skip, ...] = ("original", "none")
-SHIFT = 4  # pixels
 
 
 def check(config: Config, data: Data) -> None:
@@ -64,7 +58,6 @@ def check(config: Config, data: Data) -> None:
     grid = config.grid
     for axis, depths in (("depths", grid.depths), ("train_depths", grid.train_depths), ("block_depth", [grid.block_depth])):
         require(all(depth >= 4 and depth % 2 == 0 for depth in depths), f"grid.{axis}: 2n+2 weight layers, n ≥ 1 (4, 6, 8, …)")
-    require(set(grid.published_depths) <= set(TABLE_6), f"grid.published_depths: among {', '.join(map(str, TABLE_6))}, those published")
     require(max(grid.depths) >= 8, "grid.depths: one of at least 8 weight layers, for a slope over blocks")
     require(min(grid.weight_vars) > 0, "grid.weight_vars: σw² above 0")
     require(config.model.width >= 8, "model.width: at least 8 units: narrower chains die")
@@ -84,13 +77,12 @@ def plan(context: Context) -> list[Work]:
         *(Work(model, grid.seeds, measuring=passed) for model in _flowing(config)),
         *(Work(model, grid.seeds, measuring=squares) for model in _growing(config)),
         *(Work(model, grid.train_seeds, context.steps(), passed) for model in _trained(config)),
-        *(Work(model, grid.train_seeds, context.steps(as_published(config))) for model in _published(context)),
     ]
 
 
 def measure(context: Context) -> pd.DataFrame:
     """Measure every part of the claim; one row a measurement."""
-    return context.rows(_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings, _published_trainings)
+    return context.rows(_certificates, _blocks, _cancelled_identity, _flows, _moments, _trainings)
 
 
 def _dense(config: Config, **changes: Any) -> ModelConfig:
@@ -246,60 +238,8 @@ def _trainings(context: Context) -> Iterator[Row]:
                     yield from _block_rows(context, network, {**where, "part": "trained block"})
 
 
-def _published(context: Context) -> list[ModelConfig]:
-    """The CIFAR nets of He et al. (2016, section 4.2), residual and plain; on their images alone."""
-    depths = context.config.grid.published_depths if context.data.name == "cifar10" else []
-    return [replace(context.config.model, family="cifar", width=16, skip=skip, depth=depth) for depth in depths for skip in PUBLISHED]
-
-
-def as_published(config: Config) -> TrainingConfig:
-    """Their training, though with a cosine in place of two steps of a tenth, and without warm-up."""
-    settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 128}
-    return replace(config.training, **settings, schedule="cosine", epochs=config.grid.published_epochs, max_steps=None)
-
-
-def _published_trainings(context: Context) -> Iterator[Row]:
-    """Long trainings to be held to published errors; none unless `grid.published_depths` asks for them."""
-    for model in context.progress(_published(context), "published trainings"):
-        for seed in range(context.config.grid.train_seeds):
-            name = f"CIFAR net, {model.skip}, depth {model.depth}, seed {seed}"
-            objective = OnAugmented(context.generator("augmentation", seed))
-            outcome = context.train(context.network(model, seed), name, seed, objective, config=as_published(context.config))
-            yield from measured({"part": "published", **network_columns(model, seed)}, **outcome.metrics())
-
-
-@dataclass(frozen=True)
-class OnAugmented:
-    """The mean cross-entropy on augmented images, drawn from a generator on the CPU."""
-
-    generator: torch.Generator
-
-    def __call__(self, model: nn.Module, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
-        """The loss of a batch, in nats."""
-        return end_to_end(model, augmented(images, self.generator), labels)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What has been drawn."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Draw on from there."""
-        self.generator.set_state(state_dict["generator"])
-
-
-def augmented(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Each image shifted by up to 4 pixels either way, zeros coming in, and every other one mirrored (He et al. 2016, section 4.2)."""
-    n, _, height, width = images.shape
-    down, right = torch.randint(2 * SHIFT + 1, (2, n), generator=generator).to(images.device)
-    mirror = torch.randint(2, (n, 1, 1, 1), generator=generator).to(images.device)
-    windows = pad(images, [SHIFT] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    shifted = windows[torch.arange(n, device=images.device), :, down, right]
-    return torch.where(mirror == 1, shifted.flip(3), shifted)
-
-
 def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict]:
     """Hold every form of the claim against its criterion."""
-    errors = _published_errors(rows)
     cells = {
         "bypass": cells_by(pick(rows, "skip_depth", part="certificate"), ["skip", "depth"], greatest),
         "gradient_equation": _by_branch(rows, "equation_error", greatest),
@@ -313,9 +253,6 @@ def judge(rows: pd.DataFrame, criteria: Mapping[str, Criterion]) -> list[Verdict
         "preactivation_gap": _accuracy_gap(rows, "preactivation"),
         "original_gap": _accuracy_gap(rows, "original"),
         "flow_after_training": _sizes(pick(rows, "flow", part="training", when="trained", skip="preactivation"), ["depth"]),
-        "published_resnets": _against_table_6(errors),
-        "published_degradation": _degradation(errors),
-        "published_plain_110": _published_failure(errors),
     }
     return judge_forms("residual_unlock", criteria, cells)
 
@@ -363,34 +300,3 @@ def _accuracy_gap(rows: pd.DataFrame, skip: Skip) -> pd.DataFrame:
         accuracy = values.pivot(index="net_seed", columns="skip", values="value")
         cells.append(cell(paired_difference(accuracy[skip], accuracy["none"]), depth=int(depth)))
     return pd.DataFrame(cells)
-
-
-def _published_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test errors of the nets trained as published, in percent, beside those of Table 6."""
-    accuracies = pick(rows, "test_accuracy", part="published")
-    return accuracies.assign(value=100 * (1 - accuracies["value"]), published=accuracies["depth"].map(TABLE_6))
-
-
-def _against_table_6(errors: pd.DataFrame) -> pd.DataFrame:
-    """The test errors of ResNets in units of the published ones, over seeds; both in percent beside them."""
-    ratios = errors[errors["skip"] == "original"].assign(value=lambda nets: nets["value"] / nets["published"])
-    return cells_by(ratios, ["depth", "published"], t_interval).assign(measured=lambda cells: cells["estimate"] * cells["published"])
-
-
-def _degradation(errors: pd.DataFrame) -> pd.DataFrame:
-    """By how much the test error of a net exceeds that of the shallowest of its kind, percentage points, paired by seed."""
-    cells = []
-    for skip, nets in errors.groupby("skip"):
-        by_depth = nets.pivot(index="net_seed", columns="depth", values="value")
-        shallowest, *deeper = by_depth.columns
-        for depth in deeper:
-            published = "worse" if skip == "none" else f"{TABLE_6[depth] - TABLE_6[shallowest]:.2f}"
-            excess = paired_difference(by_depth[depth], by_depth[shallowest])
-            cells.append(cell(excess, skip=skip, depth=f"{shallowest}→{depth}", published=published))
-    return pd.DataFrame(cells)
-
-
-def _published_failure(errors: pd.DataFrame) -> pd.DataFrame:
-    """The test error of the deepest plain net, in percent, over seeds."""
-    deepest = errors[(errors["skip"] == "none") & (errors["depth"] == max(TABLE_6))]
-    return cells_by(deepest, ["skip", "depth"], t_interval).assign(published="> 60")

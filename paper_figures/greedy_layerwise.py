@@ -31,7 +31,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Eleven panels: accuracy of four chains; influence, gradients, the lock afterwards; probes, multiply-adds, parameters."""
     depth = int(rows.loc[rows["part"] == "training", "depth"].max())
     trust = chosen_rates(rows)["tuned"]
-    nets = rows[(rows["part"] != "published") & (rows["depth"] == depth)].join(trust, on=[*SETTING, *RULE])
+    nets = rows[rows["depth"] == depth].join(trust, on=[*SETTING, *RULE])
     accuracies = pick(nets, "test_accuracy", part="training")
     costs = _costs(nets)
     with panels(rows, count=11, columns=4, height=2.2, wide=(8,), note=NOTE) as (figure, axes):

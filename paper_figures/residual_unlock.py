@@ -5,7 +5,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.residual_unlock import TABLE_6
 from paper_figures.style import PREDICTION, SEEDS, over_seeds, panels, title
 from src.rows import pick
 
@@ -26,10 +25,9 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy and end-to-end gradient of the chains at every trained depth, mean over seeds; where they were trained, CIFAR nets too."""
-    trained = rows[rows["part"].isin(["training", "published"])]
+    """Accuracy and end-to-end gradient of the chains at every trained depth, mean over seeds."""
     lines = []
-    for (part, depth, skip), nets in trained.groupby(["part", "depth", "skip"]):
+    for (depth, skip), nets in rows[rows["part"] == "training"].groupby(["depth", "skip"]):
         flows = pick(nets, "flow").groupby("when")["value"].mean()
         test = pick(nets, "test_accuracy")["value"]
         line = {
@@ -44,9 +42,6 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             "diverged": int(pick(nets, "diverged")["value"].sum()),
             "seeds": len(test),
         }
-        if part == "published":
-            published = 1 - TABLE_6[depth] / 100 if skip == "original" else np.nan
-            line |= {"chain": f"CIFAR net, {NAMES[str(skip)]}", "published accuracy": published}
         lines.append(line)
     return pd.DataFrame(lines)
 

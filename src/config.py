@@ -234,14 +234,11 @@ class Grid:
     block_sizes: Counts = UNSET  # stages of a block that is trained by a loss of its own
     similarity_blocks: Counts = UNSET  # those of them that losses on similarities are trained at
     auxiliary_layers: Counts = UNSET  # hidden layers of an auxiliary classifier
-    published_widths: list[Count] = UNSET  # units of the nets trained to a published accuracy; none where they are not trained
-    published_epochs: Count = UNSET
     places: Depths = UNSET  # l of the layer that is the bottleneck
     bottleneck_ranks: Counts = UNSET  # of that layer
     code_widths: Counts = UNSET  # units of the code
     rates: Annotated[list[Positive], Field(min_length=1)] = UNSET  # learning rates that one is chosen from, in units of training.lr
     adam_rates: Annotated[list[Positive], Field(min_length=1)] = UNSET  # the same of Adam, as they are
-    published_depths: list[Depth] = UNSET  # of the nets trained to a published accuracy; none where they are not trained
     paper: Annotated[str, Field(pattern="^[a-z]+[0-9]{4}$")] = UNSET  # that is reproduced: the name of its file
     source: Annotated[str, Field(min_length=1)] = UNSET  # of what it reports: authors, year, table or figure
     leaves_out: list[str] = UNSET  # what of the authors' recipe is not done here, at any scale
