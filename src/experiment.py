@@ -36,7 +36,7 @@ from src.results import RunError, RunFolder
 from src.rows import Row
 from src.seeds import generator
 from src.tracking import Tracker, in_brief, open_tracker
-from src.training.loop import Objective, Outcome, end_to_end, planned_steps, train
+from src.training.loop import Outcome, planned_steps
 from src.verdict import Verdict, to_frame
 
 Item = TypeVar("Item")
@@ -146,39 +146,6 @@ class Context:
     def progress(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """The items, behind a progress bar when standard error is a terminal."""
         return self.bars.track(items, total=len(items), description=description)
-
-    def train(
-        self,
-        network: nn.Module,
-        name: str,
-        seed: int,
-        objective: Objective = end_to_end,
-        on_step: Callable[[int], object] | None = None,
-        config: TrainingConfig | None = None,
-    ) -> Outcome:
-        """Train a network in place, and log its curves under a name.
-
-        The order of the images is the seed's own, the same for every network.
-
-        Args:
-            network: what is trained.
-            name: of its curves.
-            seed: of the order.
-            objective: what is minimised.
-            on_step: called with the steps done after every step, to measure along the way; what it returns, unless None, the outcome has
-                in `seen`. It must keep nothing itself: a training that goes on from a checkpoint calls it for the steps that are left.
-            config: the training, where it is not the configured one.
-        """
-        bar = self.bars.add_task(name)
-
-        def stepped(step: int, total: int) -> object:
-            self.bars.update(bar, completed=step, total=total, visible=step < total)
-            return on_step and on_step(step)
-
-        keeper = Training(self.checkpoint, self.tally["trainings"]) if self.checkpoint else None
-        outcome = train(network, self.data, config or self.config.training, self.generator("order", seed), stepped, objective, keeper)
-        self.record(name, outcome)
-        return outcome
 
     def record(self, name: str, outcome: Outcome) -> None:
         """Count a training that has ended, and show its curves under a name."""

@@ -1,4 +1,4 @@
-"""Trainings of one experiment that go on side by side."""
+"""The trainings of one experiment: which go on side by side, their curves and checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,17 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Trainee(Generic[Network]):
-    """A network and how it is to be trained: what `Context.train` takes."""
+    """A network and how it is to be trained.
+
+    Attributes:
+        network: what is trained, in place.
+        name: of its curves.
+        seed: of the order of the images, the same for every network.
+        objective: what is minimised.
+        on_step: called with the steps done after every step, to measure along the way; what it returns, unless None, the outcome has in
+            `seen`. It must keep nothing itself: a training that goes on from a checkpoint calls it for the steps that are left.
+        config: the training, where it is not the configured one.
+    """
 
     network: Network
     name: str
@@ -29,7 +39,7 @@ class Trainee(Generic[Network]):
 
 
 def train_all(context: Context, trainees: Sequence[Trainee[Any]]) -> list[Outcome]:
-    """Train networks in place as `context.train` would one by one; of those alike, as many at once as `training.ensemble` says.
+    """Train networks in place and log their curves; of those alike, as many at once as `training.ensemble` says.
 
     Args:
         context: what the experiment measures with.

@@ -11,6 +11,7 @@ import pytest
 from src.errors import UserError
 from src.experiment import Context
 from src.run import CONF
+from src.trainings import Trainee, train_all
 from tests import tiny as module
 from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny, table
@@ -82,8 +83,7 @@ def test_a_run_leaves_its_folder_and_tells_its_verdicts(cli: CommandLine, tiny: 
 
 def test_provenance_has_the_time_of_every_training(cli: CommandLine, tiny: Tiny) -> None:
     def train_two(context: Context) -> pd.DataFrame:
-        for seed in range(2):
-            context.train(context.network(context.config.model, seed), f"seed {seed}", seed)
+        train_all(context, [Trainee(context.network(context.config.model, seed), f"seed {seed}", seed) for seed in range(2)])
         return table([1.0])
 
     tiny.measures(train_two)

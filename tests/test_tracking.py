@@ -24,6 +24,7 @@ from src import rows as row_table
 from src.errors import UserError
 from src.experiment import Context
 from src.rows import Row
+from src.trainings import Trainee, train_all
 from tests.conftest import ROOT, CommandLine
 from tests.tiny import Tiny
 
@@ -313,7 +314,7 @@ def test_a_run_that_goes_on_has_a_second_mirror_complete_in_itself(cli: CommandL
 
     def part(name: str, interrupted: bool) -> Callable[[Context], Iterator[Row]]:
         def rows(context: Context) -> Iterator[Row]:
-            context.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), name, 0)
+            train_all(context, [Trainee(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), name, 0)])
             if interrupted and len(tiny.calls) == 1:
                 raise KeyboardInterrupt
             yield {"quantity": "number", "value": 0.1, "sample": name}

@@ -11,6 +11,7 @@ from experiments import batchnorm_stabilization as claim
 from src.experiment import Context
 from src.locking import error_signals, growth
 from src.train_mode import look, middle_norm
+from src.trainings import Trainee, train_all
 from tests.experiments.measured import context
 
 
@@ -57,6 +58,6 @@ def test_looking_along_training_leaves_it_as_it_is(lab: Context) -> None:
     examples = claim._batch(lab, 16)
     config = replace(lab.config.training, max_steps=3, batch_size=32)
     networks = [lab.network(claim._net(lab.config, depth=6, width=16), 0) for _ in range(2)]
-    lab.train(networks[0], "looked at", 0, on_step=lambda step: look(networks[0], examples), config=config)
-    lab.train(networks[1], "alone", 0, config=config)
+    train_all(lab, [Trainee(networks[0], "looked at", 0, on_step=lambda step: look(networks[0], examples), config=config)])
+    train_all(lab, [Trainee(networks[1], "alone", 0, config=config)])
     assert all(torch.equal(a, b) for a, b in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True))

@@ -1,4 +1,4 @@
-"""Trainings side by side do for an experiment what `context.train` does one by one."""
+"""Trainings side by side do for an experiment what they do one by one."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +37,9 @@ def test_they_are_told_logged_and_counted_as_one_by_one(ensemble: int) -> None:
     one_by_one, together = lab(1), lab(ensemble)
     names = [f"seed {seed}" for seed in range(3)]
     alone, networks = ([each.network(each.config.model, seed) for seed in range(3)] for each in (one_by_one, together))
-    expected = [one_by_one.train(network, name, seed) for seed, (network, name) in enumerate(zip(alone, names, strict=True))]
+    expected = [
+        train_all(one_by_one, [Trainee(network, name, seed)])[0] for seed, (network, name) in enumerate(zip(alone, names, strict=True))
+    ]
     watched = [
         Trainee(network, name, seed, on_step=partial(divmod, 10 + seed))
         for seed, (network, name) in enumerate(zip(networks, names, strict=True))
@@ -75,7 +77,7 @@ def test_only_those_alike_train_together_and_each_outcome_is_its_own(monkeypatch
         ]
 
     batched, single = trainees(together), trainees(alone)
-    outcomes, expected = train_all(together, batched), [alone.train(**vars(each)) for each in single]
+    outcomes, expected = train_all(together, batched), [train_all(alone, [each])[0] for each in single]
     assert groups == [4, 2, 2]
     for a, b in zip(batched, single, strict=True):
         torch.testing.assert_close(dict(a.network.state_dict()), dict(b.network.state_dict()), rtol=1e-5, atol=1e-5)

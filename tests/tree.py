@@ -54,7 +54,9 @@ def order(seed):
 
 
 def mark(what, context):
-    Path(os.environ["ORDERS"], f"{what}-{context.config.seed}-{os.getpid()}").touch()
+    """Leave a file that tells which GPUs are seen."""
+    file = Path(os.environ["ORDERS"], f"{what}-{context.config.seed}-{os.getpid()}")
+    file.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def measure(context):
@@ -172,6 +174,11 @@ class User:
     def began(self, seed: int, what: str = "began") -> int:
         """How often the run of a seed began to measure; or `measured` its first part, or `reached` its second, which obeys."""
         return len(list((self.tree / "orders").glob(f"{what}-{seed}-*")))
+
+    def gpus(self, seed: int) -> str:
+        """The GPUs that the one run of a seed sees, as CUDA is told of them."""
+        (file,) = (self.tree / "orders").glob(f"reached-{seed}-*")
+        return file.read_text()
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait until something is so; what the commands printed is told when it isn't for too long."""

@@ -179,6 +179,20 @@ def test_an_interrupted_launcher_leaves_no_job(user: User) -> None:
     assert measured(user.tree / "results") == {}
 
 
+def test_runs_of_a_job_share_its_gpus(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Four at once on two: each sees one, and each of them is seen by two. The cluster counts them; they are none."""
+    runs = range(4)
+    user = User(plant(tmp_path / "tree"), {**slurm, "BACKLOCK_GPUS": "2", "BACKLOCK_AT_ONCE": str(len(runs))})
+    user.order("hold", *runs)
+    launcher = user.start("src.run", "-m", "experiment=tiny", f"seed=range({len(runs)})", "cluster=slurm")
+    user.until(lambda: all(user.began(seed, "reached") for seed in runs), "all runs are at work")
+    assert len({job(user, seed) for seed in runs}) == 1
+    assert sorted(map(user.gpus, runs)) == ["0", "0", "1", "1"]
+    user.order("go on", *runs)
+    assert user.ended(launcher)[0] == 0
+    assert measured(user.tree / "results") == {seed: expected(seed) for seed in runs}
+
+
 @pytest.mark.skipif(not LONG, reason="NOT TESTED: a time limit takes minutes; set BACKLOCK_SLURM_LONG=1")
 def test_a_time_limit_that_passes(user: User) -> None:
     user.order("hold", 0)

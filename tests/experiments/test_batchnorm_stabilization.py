@@ -16,6 +16,7 @@ from src.jacobian.normalised import batch_norm_growth, normalisation_jacobian
 from src.locking import error_signals, growth
 from src.models.start import neutral_readout
 from src.training.objectives import ScaledSteps
+from src.trainings import Trainee, train_all
 from tests.experiments.measured import Change, context, put, small_context, small_rows, swap, verdicts
 
 NAME = "batchnorm_stabilization"
@@ -197,7 +198,7 @@ def trained(lab: Context, weight_var: float, factor: float) -> torch.Tensor:
     """The outputs of a BN chain after a few steps, those of its hidden weights `factor` times as large."""
     network = lab.network(claim._net(lab.config, depth=5, width=32, weight_var=weight_var), 0)
     neutral_readout(network, weight_var)
-    lab.train(network, "trained", 0, ScaledSteps(factor), config=replace(lab.config.training, max_steps=8, batch_size=32))
+    train_all(lab, [Trainee(network, "trained", 0, ScaledSteps(factor), config=replace(lab.config.training, max_steps=8, batch_size=32))])
     with torch.no_grad():
         return network.train()(lab.samples(lab.data.test, 50)[0])
 

@@ -1,9 +1,9 @@
-"""greedy_layerwise: verdicts follow the rows; influence, gradients, separation and cost against closed forms; the published trainings."""
+"""greedy_layerwise: verdicts follow the rows; influence, gradients, separation and cost against closed forms."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,18 +11,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments import greedy_layerwise as claim
-from experiments import greedy_published, greedy_rules
+from experiments import greedy_rules
 from experiments.greedy_rules import Rule
 from src.config import ModelConfig
 from src.errors import UserError
 from src.experiment import Context
 from src.mean_field import chi
-from src.plan import networks_and_steps
 from src.rows import pick
 from src.training.local import all_blocks, gradients, later_influence
 from src.training.loop import Outcome
 from src.trainings import Trainee
-from tests.experiments.measured import after, config, context, put, small_context, small_rows, swap, verdicts
+from tests.experiments.measured import after, config, context, put, small_context, small_rows, verdicts
 
 NAME = "greedy_layerwise"
 SMALL = (
@@ -40,17 +39,6 @@ SMALL = (
 
 def accuracy(value: float, **coordinates: object):
     return put("test_accuracy", value, part="training", **coordinates)
-
-
-def published(family: str, ratio: float) -> pd.DataFrame:
-    """Two seeds with `ratio` times the published error of 10%."""
-    rule = asdict(Rule("pred", 1))
-    return pd.DataFrame(
-        [
-            {"quantity": "test_accuracy", "value": 1 - ratio * error, "net_seed": seed, "family": family, "published": 10.0, **rule}
-            for seed, error in enumerate((0.1, 0.1001))
-        ]
-    )
 
 
 def probed(value: float, **coordinates: object):
@@ -132,18 +120,12 @@ CASES = [
     ("larger_blocks", [*ALIKE, accuracy(0.8, **OPEN, loss="pred", block=2, schedule="sequential")], "refuted"),
     ("deeper_heads", [*ALIKE, accuracy(0.95, hidden=1)], "holds"),
     ("deeper_heads", [*ALIKE, accuracy(0.95, hidden=1), accuracy(0.8, **OPEN, hidden=1)], "refuted"),
-    ("published_mlp", [swap("published", published("mlp", 1.1))], "holds"),
-    ("published_mlp", [swap("published", published("mlp", 1.5))], "refuted"),
-    ("published_mlp", [swap("published", published("vgg", 1.1))], "inconclusive"),
-    ("published_greedy_cnn", [swap("published", published("vgg", 0.9))], "holds"),
-    ("published_greedy_cnn", [swap("published", published("vgg", 0.5))], "refuted"),
 ]
 
 
 def test_exact_statements_come_out_on_real_rows() -> None:
     found = {name: verdict.verdict for name, verdict in verdicts(NAME, small_rows(NAME)).items()}
     assert (found["no_backprop_through"], found["no_gradient_across_borders"]) == ("holds_if", "holds_if")
-    assert (found["published_mlp"], found["published_greedy_cnn"]) == ("inconclusive", "inconclusive")
 
 
 def test_every_row_names_the_local_loss_and_the_block_size() -> None:
@@ -463,49 +445,6 @@ def test_how_far_a_rate_is_to_be_trusted(accuracies: tuple[float, ...], chosen: 
     assert set(claim.chosen_rates(rows)["tuned"]) == {trust}
 
 
-@pytest.mark.parametrize(("data", "count"), [("mnist", 4), ("cifar10", 7), ("fashion_mnist", 0)])
-def test_published_trainings_run_where_they_are_asked_for(data: str, count: int) -> None:
-    asked = small_context(NAME, "grid.published_widths=[16,24,2]", "grid.published_epochs=2", "grid.train_seeds=1")
-    asked = replace(asked, data=replace(asked.data, name=data))
-    rows = pd.DataFrame(greedy_published.trainings(asked))
-    works = claim.plan(asked)[-count:] if count else []
-    assert (asked.tally["networks"], asked.tally["steps"]) == networks_and_steps(works)
-    assert len(rows) == 3 * count
-    if count:
-        trained = pick(rows, "test_accuracy")
-        assert trained["value"].between(0, 1).all()
-        cells = greedy_published.cells(rows, "mlp").set_index("loss")
-        pred = pick(trained, "test_accuracy", family="mlp", loss="pred")["value"].item()
-        assert cells.loc["pred", "measured"] == pytest.approx(100 * (1 - pred))
-        assert cells.loc["pred", "estimate"] == pytest.approx(100 * (1 - pred) / greedy_published.NOKLAND[data]["pred"])
-        assert set(rows.loc[rows["family"] == "mlp", "width"]) == {{"mnist": 16, "cifar10": 24}[data]}
-        assert set(rows.loc[rows["family"] == "vgg", "width"]) <= {2}
-
-
-def test_published_errors_are_told_beside_the_measured() -> None:
-    rows = after(small_rows(NAME), [swap("published", pd.concat([published("mlp", 1.1), published("vgg", 0.5)]))])
-    for name, told in (
-        ("published_mlp", "published=10, measured=11.01: 1.101"),
-        ("published_greedy_cnn", "published=10, measured=5.003: 0.5003"),
-    ):
-        assert told in verdicts(NAME, rows)[name].evidence
-
-
-@pytest.mark.parametrize(("data", "parameters"), [("mnist", 2.9e6), ("cifar10", 27.3e6)])
-def test_published_mlps_have_the_published_number_of_parameters(data: str, parameters: float) -> None:
-    asked = config(NAME, "scale=paper")
-    model = greedy_published.published(replace(context(NAME), config=asked, data=replace(context(NAME).data, name=data)))[0].model
-    pixels = {"mnist": 784, "cifar10": 3072}[data]
-    assert pixels * model.width + 2 * model.width**2 + 10 * model.width == pytest.approx(parameters, rel=0.02)
-
-
-def test_published_numbers_are_those_of_the_papers_and_belong_to_scale_paper() -> None:
-    assert list(greedy_published.NOKLAND["mnist"].values()) == [0.75, 0.68, 0.80, 0.62]
-    assert list(greedy_published.NOKLAND["cifar10"].values()) == [33.56, 32.33, 33.48, 30.93]
-    assert [100 - error for error in greedy_published.BELILOVSKY["cifar10"].values()] == pytest.approx([88.3, 90.4, 91.7])
-    assert [config(NAME, f"scale={scale}").grid.published_widths for scale in ("smoke", "quick", "paper")] == [[], [], [1024, 3000, 128]]
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -516,7 +455,6 @@ def test_published_numbers_are_those_of_the_papers_and_belong_to_scale_paper() -
         ("grid.samples=101", "grid.samples: at most 100"),
         ("training.max_steps=1", "training.max_steps: at least 2"),
         ("grid.similarity_blocks=[1,2]", "grid.similarity_blocks: of grid.block_sizes"),
-        ("grid.published_widths=[1024]", "grid.published_widths: three"),
     ],
 )
 def test_impossible_grids_are_refused(override: str, message: str) -> None:

@@ -17,6 +17,7 @@ from src.experiment import Context
 from src.models.bottleneck import dense_layer
 from src.models.layers import Layers
 from src.rows import pick
+from src.trainings import Trainee, train_all
 from tests.experiments.measured import after, config, context, digits, put, small_context, small_rows, verdicts
 from tests.jacobian import naive
 
@@ -267,7 +268,7 @@ def test_a_filter_to_no_direction_leaves_the_layers_below_as_drawn(lab: Context)
     for rank, still in ((0, True), (1, False)):
         network = claim.filtered(lab, model, rank, 0)
         drawn = copy.deepcopy(network)
-        lab.train(network, "filtered", 0)
+        train_all(lab, [Trainee(network, "filtered", 0)])
         moved = {name: not torch.equal(p, drawn.get_parameter(name)) for name, p in network.named_parameters() if name.endswith("weight")}
         assert [moved[f"layer{layer}.linear.weight"] for layer in (1, 2)] == [not still] * 2
         assert all(moved[f"{name}.linear.weight"] for name in ("code", "layer3", "layer4"))

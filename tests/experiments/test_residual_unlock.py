@@ -13,15 +13,12 @@ from torch.nn.functional import cross_entropy
 from experiments import residual_unlock as claim
 from src.chain import cut
 from src.config import ModelConfig
-from src.errors import UserError
 from src.experiment import Context
 from src.jacobian.materialised import layer_jacobian
 from src.locking import walk_back
-from src.plan import networks_and_steps
-from src.rows import measured, pick
+from src.rows import measured
 from src.statistics import slope
-from src.training.loop import Stateful
-from tests.experiments.measured import config, context, put, small_context, small_rows, swap, verdicts
+from tests.experiments.measured import context, put, small_context, small_rows, swap, verdicts
 
 NAME = "residual_unlock"
 SMALL = ("model.width=32", "grid.seeds=2", "grid.samples=3", "training.max_steps=2", "data.train_size=256", "data.test_size=100")
@@ -35,19 +32,6 @@ def trainings(**deep: float) -> pd.DataFrame:
         accuracy = 0.9 if depth == 6 else deep.get(skip, 0.1)
         lines += measured(at, test_accuracy=accuracy + 0.001 * seed)
         lines += measured({**at, "when": "trained"}, flow=0.1 * seed)
-    return pd.DataFrame(lines)
-
-
-def published(factor: float = 1.0, plain: dict[int, float] | None = None) -> pd.DataFrame:
-    """CIFAR nets with a multiple of the published errors of ResNets, and plain ones with the given errors in percent."""
-    plain = plain or {20: 9.0, 56: 13.0, 110: 65.0}
-    errors = {"original": {depth: factor * error for depth, error in claim.TABLE_6.items()}, "none": plain}
-    lines = [
-        row
-        for (skip, by_depth), seed in product(errors.items(), range(2))
-        for depth, error in by_depth.items()
-        for row in measured({"skip": skip, "depth": depth, "net_seed": seed}, test_accuracy=1 - error / 100 - 1e-4 * seed)
-    ]
     return pd.DataFrame(lines)
 
 
@@ -96,15 +80,6 @@ CASES = [
     ("flow_after_training", [put("flow", 1.0, part="training", when="trained")], "holds"),
     ("flow_after_training", [put("flow", -3.0, part="training", when="trained", **PREACTIVATION)], "refuted"),
     ("flow_after_training", [put("flow", -3.0, part="training", when="trained", skip="none")], "holds"),
-    ("published_resnets", [], "inconclusive"),
-    ("published_resnets", [swap("published", published(1.1))], "holds"),
-    ("published_resnets", [swap("published", published(1.5))], "refuted"),
-    ("published_degradation", [], "inconclusive"),
-    ("published_degradation", [swap("published", published())], "holds_if"),
-    ("published_degradation", [swap("published", published(plain={20: 9.0, 56: 8.0}))], "refuted"),
-    ("published_plain_110", [], "inconclusive"),
-    ("published_plain_110", [swap("published", published())], "holds"),
-    ("published_plain_110", [swap("published", published(plain={20: 9.0, 56: 13.0, 110: 15.0}))], "refuted"),
 ]
 
 
@@ -112,76 +87,6 @@ def test_exact_statements_come_out_on_real_rows() -> None:
     found = {name: verdict.verdict for name, verdict in verdicts(NAME, small_rows(NAME)).items()}
     assert (found["gradient_equation"], found["identity_ensures_flow"], found["weyl_bound"]) == ("holds_if", "refuted", "holds")
     assert found["guaranteed_flow"] == "holds_if"
-
-
-def test_every_published_error_is_printed_beside_the_measured_one() -> None:
-    rows = pd.concat([small_rows(NAME), published(1.1).assign(part="published")])
-    evidence = verdicts(NAME, rows)["published_resnets"].evidence
-    for depth, error in ((20, 8.75), (32, 7.51), (44, 7.17), (56, 6.97), (110, 6.43)):
-        assert f"depth={depth}, published={error}, measured={1.1 * error + 0.005:.4g}: 1.1" in evidence
-    degradation = verdicts(NAME, rows)["published_degradation"].evidence
-    assert "skip=none, depth=20→56, published=worse: 4 [4, 4], n=2" in degradation
-    assert "skip=original, depth=20→56, published=-1.78" in degradation
-
-
-@pytest.mark.parametrize(("data", "count"), [("cifar10", 4), ("digits", 0)])
-def test_published_trainings_run_on_cifar10_where_they_are_asked_for(data: str, count: int) -> None:
-    asked = small_context(NAME, "grid.published_depths=[20,32]", "grid.published_epochs=1", "grid.train_seeds=1")
-    asked = replace(asked, data=replace(asked.data, name=data))
-    rows = pd.DataFrame(claim._published_trainings(asked))
-    works = claim.plan(asked)[-count:] if count else []
-    assert (asked.tally["networks"], asked.tally["steps"]) == networks_and_steps(works)
-    assert len(rows) == 3 * count
-    if count:
-        assert set(rows["width"]) == {16}
-        cells = claim._against_table_6(claim._published_errors(rows)).set_index("depth")
-        reached = pick(rows, "test_accuracy", skip="original", depth=32)["value"].item()
-        assert cells.loc[32, "measured"] == pytest.approx(100 * (1 - reached))
-        assert cells.loc[32, "estimate"] == pytest.approx(100 * (1 - reached) / 7.51)
-
-
-def test_the_published_training_is_that_of_the_paper_and_belongs_to_scale_paper() -> None:
-    found = {scale: config(NAME, f"scale={scale}") for scale in ("smoke", "quick", "paper")}
-    assert [asked.grid.published_depths for asked in found.values()] == [[], [], [20, 32, 44, 56, 110]]
-    training = claim.as_published(found["paper"])
-    assert (training.optimizer, training.lr, training.momentum, training.weight_decay) == ("sgd", 0.1, 0.9, 1e-4)
-    assert training.epochs * (50_000 // training.batch_size) == pytest.approx(64_000, rel=0.01)
-    with pytest.raises(UserError, match=r"grid.published_depths: among 20, 32, 44, 56, 110"):
-        claim.check(config(NAME, "grid.published_depths=[14]"), small_context(NAME).data)
-
-
-def test_augmentation_goes_on_where_it_was() -> None:
-    drawn, kept = (torch.Generator().manual_seed(0) for _ in range(2))
-    images, labels, model = torch.rand(8, 1, 4, 4), torch.arange(8), torch.nn.Flatten()
-    objective = claim.OnAugmented(drawn)
-    assert isinstance(objective, Stateful)
-    first = objective(model, images, labels)
-    state = objective.state_dict()
-    second = objective(model, images, labels)
-    again = claim.OnAugmented(kept)
-    again.load_state_dict(state)
-    assert torch.equal(again(model, images, labels), second)
-    assert not torch.equal(first, second)
-
-
-def test_augmented_images_are_shifted_and_mirrored() -> None:
-    """Of a single bright pixel in the middle: every place within 4 pixels of it or its mirror image, as often as any other."""
-    images = torch.zeros(20_000, 2, 10, 12)
-    images[:, 1, 5, 4] = 1.0
-    found = claim.augmented(images, torch.Generator().manual_seed(0))
-    assert found.shape == images.shape
-    assert (found.sum((1, 2, 3)) == 1).all()
-    assert (found[:, 0] == 0).all()
-    counts = found[:, 1].sum(0)
-    expected = torch.zeros(10, 12)
-    expected[1:10, 0:9] += 20_000 / 81 / 2
-    expected[1:10, 3:12] += 20_000 / 81 / 2  # mirrored, the pixel is at column 7
-    assert (counts[expected == 0] == 0).all()
-    assert ((counts - expected).abs() < 6 * expected.sqrt())[expected > 0].all()
-    dark = torch.zeros(500, 1, 4, 4)
-    dark[:, :, 0, 0] = 1.0
-    moved_out = claim.augmented(dark, torch.Generator().manual_seed(0)).sum((1, 2, 3)) == 0
-    assert 0 < moved_out.sum() < 500
 
 
 def moments(quantity: str, norm: str, branch_scale: float) -> pd.DataFrame:

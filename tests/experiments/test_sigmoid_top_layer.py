@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from experiments import sigmoid_top_layer as top_layer
+from src.trainings import Trainee, train_all
 from tests.experiments.measured import small_context
 
 NAME = "sigmoid_saturation"
@@ -30,7 +31,7 @@ def test_watching_leaves_the_training_as_it_is(watched: pd.DataFrame) -> None:
     model = top_layer.long_nets(lab.config)[0]
     network = lab.network(model, 0)
     top_layer.standard_start(network, lab.generator("uniform", 0))
-    lab.train(network, "alone", 0, config=top_layer.recipe_of(lab))
+    train_all(lab, [Trainee(network, "alone", 0, config=top_layer.recipe_of(lab))])
     with torch.no_grad():
         mean = float(network[:-1](lab.samples(lab.data.test, top_layer.WATCHED_IMAGES)[0]).double().mean())
     top = watched.query("quantity == 'activation_mean' and depth == 5 and layer == 4 and step == 12")

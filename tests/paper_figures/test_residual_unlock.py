@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from paper_figures import residual_unlock as figure_module
@@ -11,16 +10,6 @@ from src.rows import pick
 from tests.paper_figures.drawn import check_panels, draw, read
 
 NAME = "residual_unlock"
-
-
-def test_the_table_has_published_accuracies_where_cifar_nets_were_trained(tmp_path: Path) -> None:
-    rows = read(NAME, tmp_path)
-    trained = rows[(rows["part"] == "training") & rows["quantity"].isin(["test_accuracy", "train_accuracy", "diverged"])]
-    nets = trained[trained["skip"] != "preactivation"].assign(part="published", family="cifar", depth=56)
-    table = figure_module.table(pd.concat([rows, nets])).set_index("chain")
-    assert table.loc["CIFAR net, original", "published accuracy"] == pytest.approx(0.9303)
-    assert table["published accuracy"].count() == 1
-    assert {"CIFAR net, plain", "plain"} < set(table.index)
 
 
 def test_the_table_has_the_accuracies_of_every_chain(tmp_path: Path) -> None:
