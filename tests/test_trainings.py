@@ -77,8 +77,9 @@ def test_only_those_alike_train_together_and_each_outcome_is_its_own(monkeypatch
         ]
 
     batched, single = trainees(together), trainees(alone)
-    outcomes, expected = train_all(together, batched), [train_all(alone, [each])[0] for each in single]
+    outcomes = train_all(together, batched)
     assert groups == [4, 2, 2]
+    expected = [train_all(alone, [each])[0] for each in single]
     for a, b in zip(batched, single, strict=True):
         torch.testing.assert_close(dict(a.network.state_dict()), dict(b.network.state_dict()), rtol=1e-5, atol=1e-5)
     told = [torch.tensor([list(each.metrics().values()) for each in found]) for found in (outcomes, expected)]

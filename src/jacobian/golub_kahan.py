@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 Product = Callable[[Tensor], Tensor]
 FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
-AGAIN = 3  # the same from a start that is nearly a singular vector
+AGAIN = 3  # the same from a start that is nearly a singular vector, and steps of the power method before
 TOLERANCE = 1e-7  # of σ₁, relative
 REFINED = 1e-6  # the same, where single precision finds the vector
 # of a random start that is so unlucky that σ₁ lies above the upper side of its estimate, and by how much that may exceed it
@@ -121,7 +121,7 @@ def largest(
 
 
 def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REFINED) -> Largest:
-    """σ₁ from a vector that was found in a lower precision: its error is squared, so that one product is enough.
+    """σ₁ from a vector that was found in a lower precision: its error is squared, so that one product is enough for most.
 
     Args:
         push: u = Jv.
@@ -130,12 +130,16 @@ def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REF
         tolerance: the relative error that is wanted; where it is missed more steps follow.
     """
     v = _unit(rough.vector.to(torch.float64))[0]
-    u, theta = _unit(push(v))
-    residual = torch.linalg.vector_norm(pull(u) - theta[:, None] * v, dim=1)
-    rounding = 1e3 * torch.finfo(rough.value.dtype).eps * theta
-    found = Largest(theta, v, residual, rough.gap.to(v), rough.smallest + rounding, rough.steps)
-    if (found.error <= tolerance * theta).all():
-        return found
+    rounding = 1e3 * torch.finfo(rough.value.dtype).eps
+    for _ in range(AGAIN):
+        u, theta = _unit(push(v))
+        back = pull(u)
+        residual = torch.linalg.vector_norm(back - theta[:, None] * v, dim=1)
+        found = Largest(theta, v, residual, rough.gap.to(v), rough.smallest + rounding * theta, rough.steps)
+        if (found.error <= tolerance * theta).all():
+            return found
+        # where σ₁ ≫ σ₂ copies of it come early, and rounding stays where they cancel: a step of the power method leaves little of that
+        v = _unit(back)[0]
     more = largest(push, pull, v, tolerance, AGAIN)
     return replace(more, steps=rough.steps + more.steps)
 

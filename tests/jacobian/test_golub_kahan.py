@@ -119,6 +119,25 @@ def test_a_vector_of_single_precision_is_refined_by_one_product():
     torch.testing.assert_close(refined(*products(other), rough).value, torch.linalg.svdvals(other)[:, 0], rtol=1e-7, atol=0)
 
 
+def test_rounding_that_copies_of_a_far_larger_value_leave_is_taken_away_by_a_product_more():
+    """σ₁ = 1, the others a thousandth and less: after eight steps in single precision its vector is wrong by more than 1e-4."""
+    left, _, right = torch.linalg.svd(normal(40, 60, 60).double())
+    J = left @ torch.diag_embed(torch.cat([torch.ones(1), torch.logspace(-3, -4, 59)]).double().expand(40, 60)) @ right
+    rough = of(J.float(), tolerance=1e-6)
+    wrong = 1 - (rough.vector.double() * right[:, 0]).sum(1).abs()
+    assert wrong.max() > 1e-8
+    calls = []
+    push, pull = products(J)
+
+    def counted(v):
+        calls.append(v)
+        return push(v)
+
+    found = refined(counted, pull, rough, tolerance=1e-13)
+    assert len(calls) == 2
+    torch.testing.assert_close(found.value, torch.ones(40).double(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_matrix_that_is_not_finite_spoils_no_other(bad):
     J = normal(3, 5, 4).double()
