@@ -16,5 +16,5 @@ def _nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a figure trained a network")
 
-    for module in ("src.training.loop", "src.experiment"):
-        monkeypatch.setattr(f"{module}.train", refuse)
+    for function in ("src.training.loop.train", "src.trainings.train_together"):
+        monkeypatch.setattr(function, refuse)
