@@ -96,14 +96,16 @@ def _difference() -> str:
     """The patch from the commit to the files as they are, new ones included."""
     new = _git("ls-files", "--others", "--exclude-standard", "--", *(pattern.partition("/")[0] for pattern in SOURCES)).splitlines()
     # git says 1 when files differ
-    patches = [_git("diff", "HEAD", "--binary"), *(_git("diff", "--no-index", "--binary", "/dev/null", file, code=1) for file in new)]
+    diff = ("diff", "--no-ext-diff", "--no-textconv", "--binary")
+    patches = [_git(*diff, "HEAD"), *(_git(*diff, "--no-index", "/dev/null", file, code=1) for file in new)]
     return "".join(patches)
 
 
 def _git(*arguments: str, code: int = 0) -> str:
     """What git answers; "" where there is no git or repository, or it exits with another code."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+        command = ["git", "-c", "color.ui=false", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     except OSError:
         return ""
     return done.stdout if done.returncode == code else ""

@@ -101,7 +101,7 @@ class RunFolder:
     def owned(self) -> bool:
         """Whether a living process is at this run, on whatever node: the lock dies with its owner."""
         try:
-            with filelock.FileLock(self._lock, timeout=0):
+            with filelock.FileLock(self._lock, timeout=0, fallback_to_soft=False):
                 return False
         except filelock.Timeout:
             return True
@@ -163,7 +163,8 @@ class RunFolder:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the lock, with a fresh folder in place."""
-        lock = filelock.FileLock(self._lock, timeout=0)
+        # of what no disk can lock nothing is made that outlives its owner
+        lock = filelock.FileLock(self._lock, timeout=0, fallback_to_soft=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()

@@ -55,6 +55,7 @@ def test_a_submission_holds_the_commit_and_what_differs(repository: Path, tmp_pa
 
     (repository / "src/a.py").write_text("a = 2\n\n\nb = 1\n")
     (repository / "src/new.py").write_text("new = 1\n")
+    subprocess.run(["git", "config", "color.ui", "always"], cwd=repository, check=True)
     dirty = code.submit(tmp_path / "code", snapshot=False)
     assert json.loads(dirty.commit) == {"commit": head, "dirty": True}
     patch = tmp_path / "code" / dirty.fingerprint / "dirty.diff"

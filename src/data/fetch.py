@@ -44,7 +44,7 @@ def fetch(source: Source, root: Path, mirrors: Sequence[str]) -> None:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{source.name}.lock"):
+        with FileLock(root / f".{source.name}.lock", fallback_to_soft=False):
             if not complete(source, root):
                 _download(source, root, mirrors)
     except OSError as error:

@@ -1,6 +1,5 @@
 """Where jobs go: SLURM, or this machine. Both are asked only whether a job may still do something; how it went the disk tells."""
 
-import getpass
 import hashlib
 import os
 import re
@@ -128,7 +127,7 @@ def cancel(sweep: Sweep) -> None:
 
 
 def _ours(sweep: Sweep) -> tuple[str, str]:
-    return f"--user={getpass.getuser()}", f"--name={job_name(sweep)}"
+    return f"--user={os.getuid()}", f"--name={job_name(sweep)}"
 
 
 @contextmanager
@@ -151,7 +150,9 @@ def _left_alone() -> Iterator[None]:
 
 def _processes(module: str, sweep: Sweep) -> list[str]:
     """The ids of this machine's processes that run a module for the jobs of a sweep, be they recorded or not, however its path is spelt."""
-    told = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=False).stdout
+    spelt = {**os.environ, "LC_ALL": "C.UTF-8"}  # elsewhere ps has ? for what is not ASCII
+    command = ["ps", "-ww", "-eo", "pid=,args="]
+    told = subprocess.run(command, env=spelt, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout
     asked = [line.strip().partition(f" -m {module} ") for line in told.splitlines()]
     jobs = (sweep.path / "jobs").resolve()
     return [command.split()[0] for command, found, folder in asked if found and Path(folder).resolve() == jobs]

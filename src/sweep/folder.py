@@ -21,6 +21,7 @@ from src.errors import UserError
 from src.results import folder_of, from_plain, read_status, to_plain, write_atomically
 from src.sweep.plan import Plan, Run
 
+SHELL = ("DATA_ROOT", "OMP_NUM_THREADS")
 Outcome = Literal["open", "done", "failed", "refused", "killed", "stopped"]
 
 
@@ -86,8 +87,8 @@ class Sweep:
         told = {
             "arguments": plan.arguments,
             "cwd": os.getcwd(),
-            # what a site's file and the data's take from the shell
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("BACKLOCK_") or name == "DATA_ROOT"},
+            # what a site's file, the data's and the checkpoints take from the shell
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("BACKLOCK_") or name in SHELL},
             "configs": [to_plain(config) for config in plan.configs],
             "runs": [(run.id, run.config, run.seed) for run in plan.runs],
         }

@@ -229,7 +229,7 @@ def _alone(path: Path) -> Iterator[Path]:
     Raises: UserError when another is at it.
     """
     try:
-        with filelock.FileLock(path / ".lock", timeout=0):
+        with filelock.FileLock(path / ".lock", timeout=0, fallback_to_soft=False):
             yield path
     except filelock.Timeout as error:
         raise UserError(f"sweep {path.name}: another process is at it; see python -m src.sweep status {called(path)}") from error

@@ -49,7 +49,10 @@ def main(sweep: Sweep, run: str, submitted: str) -> int:
     try:
         config = checked(sweep, sweep.by_id[run])
         _import(config.claim.name)
+        from src.sweep.imports import IMPORTED  # heavy, and there already where this process is a copy of the job's server
+
         require(fingerprint(ROOT) == submitted, f"{ROOT}: the code was changed since its submission; resume the sweep, or undo that")
+        require(submitted == IMPORTED, f"{ROOT}: the code was another when its job imported it; resume the sweep")
     except UserError as error:
         return complain(str(error), 2)
     while True:

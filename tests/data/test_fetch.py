@@ -145,7 +145,7 @@ def test_a_root_that_cannot_be_written_is_said(source: Source, tmp_path: Path, s
 
 
 def test_a_read_only_root_is_said(source: Source, tmp_path: Path, server: tiny.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(module, "FileLock", refuse)

@@ -79,7 +79,7 @@ def test_a_slurm_that_does_not_answer_is_told(submitted: Sweep, answers: Path, s
 def test_jobs_are_cancelled_by_the_sweep_s_name_so_that_unrecorded_ones_are_too(sweep: Sweep, answers: Path) -> None:
     sweep.submitted(Submission("slurm", {}, CODE))
     cluster.cancel(sweep)
-    assert f"scancel --user={cluster.getpass.getuser()} --name=backlock-{sweep.name}" in (answers / "called").read_text()
+    assert f"scancel --user={cluster.os.getuid()} --name=backlock-{sweep.name}" in (answers / "called").read_text()
 
 
 def test_a_process_that_is_no_controller_of_the_sweep_is_left_alone(sweep: Sweep) -> None:
@@ -105,6 +105,14 @@ def test_a_sweep_is_the_same_by_whatever_path(sweep: Sweep, tmp_path: Path, loca
     linked = Sweep(tmp_path / "link" / sweep.name)
     assert cluster.job_name(linked) == cluster.job_name(sweep)
     assert cluster.alive(linked) == cluster.alive(sweep) == {str(local[0].pid): "RUNNING"}
+
+
+def test_a_path_that_is_not_ascii_is_told_in_any_locale(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wärts").symlink_to(sweep.path)
+    monkeypatch.setenv("LC_ALL", "C")
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "-m", "submitit.local._local", str(tmp_path / "wärts/jobs")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert cluster._processes("submitit.local._local", sweep) == [str(process.pid)]
 
 
 def test_the_same_runs_elsewhere_are_another_sweep_s_jobs(sweep: Sweep, tmp_path: Path) -> None:

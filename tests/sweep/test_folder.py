@@ -50,6 +50,14 @@ def test_a_place_that_cannot_be_written(planned: None) -> None:
         Sweep.create(plan([*ARGUMENTS, "results_dir=file/results"]))
 
 
+def test_it_keeps_what_runs_take_from_the_shell(planned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is of a number of threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("BACKLOCK_GPUS", "2")
+    kept = Sweep.create(plan(ARGUMENTS)).environment
+    assert (kept["OMP_NUM_THREADS"], kept["BACKLOCK_GPUS"]) == ("3", "2")
+
+
 def test_the_sweep_is_the_group_of_its_runs(sweep: Sweep) -> None:
     assert {config.tracker.group for config in map(sweep.config, sweep.runs)} == {sweep.name}
     named = Sweep.create(plan([*ARGUMENTS, "tracker.group=mine"]))

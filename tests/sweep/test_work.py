@@ -12,7 +12,7 @@ import pytest
 
 from src import code
 from src.results import RunFolder
-from src.sweep import work
+from src.sweep import imports, work
 from src.sweep.folder import Sweep
 from tests.tiny import Tiny
 
@@ -31,6 +31,17 @@ def test_it_is_the_run_that_was_planned(sweep: Sweep, tiny: Tiny, capsys: pytest
 def test_other_code_than_was_submitted_is_refused(sweep: Sweep, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert work.main(sweep, sweep.runs[0].id, "another") == 2
     assert capsys.readouterr().err == f"error: {code.ROOT}: the code was changed since its submission; resume the sweep, or undo that\n"
+    assert tiny.calls == []
+
+
+def test_code_that_was_another_when_it_was_imported_is_refused_though_it_was_put_back(
+    sweep: Sweep, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is a copy of the server that imported it."""
+    assert imports.IMPORTED == FINGERPRINT
+    monkeypatch.setattr(imports, "IMPORTED", "another")
+    assert work.main(sweep, sweep.runs[0].id, FINGERPRINT) == 2
+    assert capsys.readouterr().err == f"error: {code.ROOT}: the code was another when its job imported it; resume the sweep\n"
     assert tiny.calls == []
 
 
