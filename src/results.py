@@ -163,7 +163,7 @@ class RunFolder:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the lock, with a fresh folder in place."""
-        # of what no disk can lock nothing is made that outlives its owner
+        # where the disk knows no flock a mere file would stand for it, which outlives its owner
         lock = filelock.FileLock(self._lock, timeout=0, fallback_to_soft=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

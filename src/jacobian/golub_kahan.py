@@ -141,7 +141,7 @@ def refined(push: Product, pull: Product, rough: Largest, tolerance: float = REF
         # where σ₁ ≫ σ₂ copies of it come early, and rounding stays where they cancel: a step of the power method leaves little of that
         v = _unit(back)[0]
     more = largest(push, pull, v, tolerance, AGAIN)
-    return replace(more, steps=rough.steps + more.steps)
+    return replace(more, steps=rough.steps)  # those from a random start, which alone the upper side may count
 
 
 def joined(parts: Sequence[Largest]) -> Largest:
