@@ -58,7 +58,8 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise UserError(f"no experiment {', '.join(unknown)} to check; there are {', '.join(EXPERIMENTS)}")
     lines: list[tuple[str, Verdict, Verdict]] = []
-    sources, failed = [], False
+    sources: list[Source] = []
+    failed = False
     asked = names or EXPERIMENTS
     for name in asked:
         try:
@@ -67,11 +68,11 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
                 print(f"{name}: {found}")
                 continue
             for pair in found:
-                both = [(source, source.read()) for source in pair]
-                data = str(both[0][1]["data"].iloc[0])
-                lines += [(data, *verdicts) for verdicts in zip(*(judged(source, rows) for source, rows in both), strict=True)]
-                sources += both
-                print(f"{name}: {pair[1].rows.parent}; {rows_compared(*(rows for _, rows in both))}")
+                tables = [source.read() for source in pair]
+                data = pair[0].stamps[0]["data"]
+                lines += [(data, *verdicts) for verdicts in zip(*map(judged, pair, tables), strict=True)]
+                sources += pair
+                print(f"{name}: {pair[1].rows.parent}; {rows_compared(*tables)}")
         except UserError as error:
             failed = True
             print(f"error: {name}: {error}", file=sys.stderr)
@@ -81,7 +82,7 @@ def show_check(shelf: Shelf, names: Sequence[str], out: Path) -> int:
         raise UserError(f"nothing to check under {shelf.results}: no finished run at the data set and scale of the reference")
     table = told(lines)
     Console(width=None if sys.stdout.isatty() else 200).print(to_table(table))
-    print(f"{len({source.experiment for source, _ in sources})} of {len(asked)} experiments compared")
+    print(f"{len({source.experiment for source in sources})} of {len(asked)} experiments compared")
     for file in write("check", Product(tabular(table), sources), out, "python -m paper_figures --check", code.commit()):
         print(file)
     return 1 if failed or (table["told"] == NOT).any() else 0
@@ -105,8 +106,7 @@ def comparable(shelf: Shelf, experiment: str) -> list[tuple[Source, Source]] | s
 
 def _where(source: Source) -> tuple[str, str]:
     """The data set that a run used, and its scale."""
-    rows = source.read()
-    return str(rows["data"].iloc[0]), str(rows["scale"].iloc[0])
+    return source.stamps[0]["data"], source.stamps[0]["scale"]
 
 
 def judged(source: Source, rows: pd.DataFrame) -> list[Verdict]:
@@ -114,9 +114,9 @@ def judged(source: Source, rows: pd.DataFrame) -> list[Verdict]:
 
     Raises: UserError when the rows mix runs that differ, or lack what the criteria speak of.
     """
-    require_one([rows], str(source.rows))
+    require_one(source.stamps, str(source.rows))
     with lacking(source.rows):
-        return importlib.import_module(f"experiments.{source.experiment}").judge(rows, todays_config(rows).criteria)
+        return importlib.import_module(f"experiments.{source.experiment}").judge(rows, todays_config(source.stamps[0]).criteria)
 
 
 def told(compared: Sequence[tuple[str, Verdict, Verdict]]) -> pd.DataFrame:

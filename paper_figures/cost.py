@@ -14,9 +14,9 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     return Product(tabular(table(found.taken)), found.sources, found.complaints)
 
 
-def line(source: Source, rows: pd.DataFrame) -> dict[str, object]:
+def line(source: Source) -> dict[str, object]:
     """The line of a run. Runs that shared their machine took longer than they would alone."""
-    run, told = rows.iloc[0], source.told()
+    run, told = source.stamps[0], source.told()
     seconds = told["training_seconds"]
     return {
         "experiment": source.experiment,
@@ -26,7 +26,7 @@ def line(source: Source, rows: pd.DataFrame) -> dict[str, object]:
         "wall time (s)": told["wall_time_s"],
         "of it training (s)": round(sum(seconds.values()), 1),
         "trainings": len(seconds),
-        "rows": len(rows),
+        "rows": len(source.read()),
         "device": told["device"],
         "torch": told["versions"]["torch"],
         "commit": run["commit"][:7],

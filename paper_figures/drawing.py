@@ -81,4 +81,4 @@ def _draw(name: str, shelf: Shelf, out: Path, mixed: bool, revision: dict[str, o
         files = write(name, product, out, command, revision) if product.contents else []
     except (UserError, OSError) as error:
         return Drawn(name, [], [], [str(error)])
-    return Drawn(name, files, [source.rows for source, _ in product.sources], product.complaints)
+    return Drawn(name, files, [source.rows for source in product.sources], product.complaints)

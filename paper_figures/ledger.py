@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf, Source, gather
+from paper_figures.sources import EXPERIMENTS, Shelf, Source, Stamp, gather
 from paper_figures.style import criteria
 from src.verdict import COLOURS, Verdict, phrase
 
@@ -48,32 +48,35 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     return Product(tabular(lines, PRINTED), sources, complaints)
 
 
-def ledger(shelf: Shelf) -> tuple[pd.DataFrame, list[tuple[Source, pd.DataFrame]], list[str]]:
+def ledger(shelf: Shelf) -> tuple[pd.DataFrame, list[Source], list[str]]:
     """A line a form, data set and scale: of the newest finished run there, else of the committed rows, else marked as not measured.
 
-    Returns: the lines, the runs they are of with the stamps of their rows, and a complaint for each file that is damaged.
+    Returns: the lines, the runs they are of, and a complaint for each file that is damaged.
     """
     lines: list[dict[str, object]] = []
-    sources: list[tuple[Source, pd.DataFrame]] = []
+    sources: list[Source] = []
     complaints: list[str] = []
     for experiment in EXPERIMENTS:
-        found = gather([experiment], shelf.each, lambda source, rows: measured(rows, source.judged()))
+        found = gather([experiment], shelf.each, lines_of)
         lines += [line for run in found.taken for line in run] or _unmeasured(experiment)
         sources += found.sources
         complaints += found.complaints
     return pd.DataFrame(lines, columns=COLUMNS), sources, complaints
 
 
-def command(rows: pd.DataFrame) -> str:
-    """The command that makes the run of these rows again."""
-    run = rows.iloc[0]
+def command(run: Stamp) -> str:
+    """The command that makes a run again."""
     return f"python -m src.run experiment={run['experiment']} data={run['data_requested']} scale={run['scale']} seed={run['root_seed']}"
 
 
-def measured(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
-    """The lines of one run, of its rows and verdicts."""
-    run = rows.iloc[0]
-    where = {"data": run["data"], "scale": run["scale"], "seed": int(run["root_seed"]), "commit": run["commit"][:7]}
+def lines_of(source: Source) -> list[dict[str, object]]:
+    """The lines of one run."""
+    return measured(source.stamps[0], source.judged())
+
+
+def measured(run: Stamp, verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
+    """The lines of one run, of its stamp and verdicts."""
+    where = {key: run[key] for key in ("data", "scale")} | {"seed": run["root_seed"], "commit": run["commit"][:7], "command": command(run)}
     if run["fallback"]:
         where["data"] = f"{run['data']} in place of {run['data_requested']}"
     columns = ("claim", "form", "statement", "verdict", "condition", "estimate", "n", "evidence")
@@ -83,7 +86,6 @@ def measured(rows: pd.DataFrame, verdicts: Sequence[Verdict]) -> list[dict[str, 
             "amended": "; ".join(entry.amended),
             "lo": entry.interval[0],
             "hi": entry.interval[1],
-            "command": command(rows),
             **where,
         }
         for entry in verdicts

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from paper_figures import cost
-from paper_figures.ledger import measured
+from paper_figures.ledger import lines_of, measured
 from paper_figures.sidecar import Product, tabular, write
 from paper_figures.sources import FILES, Source, lacking, of_folder
 from src import code
@@ -62,10 +62,9 @@ def show_mirror(results: Path, out: Path) -> int:
         try:
             with lacking(place):
                 mirrored = mirrored_run(place, results)
-                rows = mirrored.source.read()
-                lines += measured(rows, mirrored.verdicts)
-                sources.append((mirrored.source, rows))
-                differing = differences(mirrored, rows)
+                lines += measured(mirrored.source.stamps[0], mirrored.verdicts)
+                sources.append(mirrored.source)
+                differing = differences(mirrored)
         except (UserError, OSError) as error:
             if not any(read_status(folder) == "done" for folder in results.glob(f"*/*/*/seed*-{run}*")):
                 print(f"{place}: unfinished, left out")
@@ -107,17 +106,16 @@ def mirrored_run(place: Path, results: Path) -> Mirrored:
     return Mirrored(place, folder, source, _verdicts(place))
 
 
-def differences(mirrored: Mirrored, rows: pd.DataFrame) -> list[str]:
+def differences(mirrored: Mirrored) -> list[str]:
     """What of a run folder is not as W&B holds it: files, the ledger's lines, the experiment's table, the cost."""
     own = of_folder(mirrored.folder)
     if not own.rows.exists():
         return [f"a run folder that is not there: {mirrored.folder}"]
-    own_rows = own.read()
     table = importlib.import_module(f"paper_figures.{own.experiment}").table
     pairs = {
-        "the ledger": (measured(rows, mirrored.verdicts), measured(own_rows, own.judged())),
-        "its table": (tabular(table(rows)), tabular(table(own_rows))),
-        "the cost": (cost.line(mirrored.source, rows), cost.line(own, own_rows)),
+        "the ledger": (measured(mirrored.source.stamps[0], mirrored.verdicts), lines_of(own)),
+        "its table": (tabular(table(mirrored.source.read())), tabular(table(own.read()))),
+        "the cost": (cost.line(mirrored.source), cost.line(own)),
     }
     files = [name for name in FILES if _md5(_file(own, name)) != _md5(_file(mirrored.source, name))]
     return [*files, *(what for what, (one, other) in pairs.items() if one != other)]

@@ -25,21 +25,23 @@ def produce(name: str, shelf: Shelf, mixed: bool) -> Product:
     Raises: UserError naming the file whose rows are missing, damaged, foreign or partial, or what rows mix that must not.
     """
     if name in EXPERIMENTS:
-        source = shelf.newest(name)
-        return _drawn(name, [(source, source.read())], mixed)
+        return _drawn(name, [shelf.newest(name)], mixed)
     if name == "overview":
         module = importlib.import_module("paper_figures.overview")
-        return _drawn(name, [(source, source.read()) for source in map(shelf.newest, module.EXPERIMENTS)], mixed)
+        return _drawn(name, list(map(shelf.newest, module.EXPERIMENTS)), mixed)
     module = importlib.import_module(f"paper_figures.{name}")
     return module.product(shelf, mixed)
 
 
-def _drawn(name: str, sources: Sequence[tuple[Source, pd.DataFrame]], mixed: bool) -> Product:
-    tables = [rows for _, rows in sources]
+def _drawn(name: str, sources: Sequence[Source], mixed: bool) -> Product:
+    tables = [source.read() for source in sources]
     module, style = importlib.import_module(f"paper_figures.{name}"), importlib.import_module("paper_figures.style")
-    files = [source.rows for source, _ in sources]
+    files = [source.rows for source in sources]
     if not mixed:
-        require_one(tables, f"{files[0]} and {len(files) - 1} more" if files[1:] else str(files[0]))
+        require_one(
+            [stamp for source in sources for stamp in source.stamps],
+            f"{files[0]} and {len(files) - 1} more" if files[1:] else str(files[0]),
+        )
     rows = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
     with lacking(*files):
         figure, table = module.draw(rows), module.table(rows)

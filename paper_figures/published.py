@@ -10,7 +10,7 @@ from functools import cache
 import pandas as pd
 
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import EXPERIMENTS, Shelf, gather
+from paper_figures.sources import EXPERIMENTS, Shelf, Stamp, gather
 from paper_figures.style import criteria
 from src.verdict import Verdict, phrase
 
@@ -35,8 +35,8 @@ PRINTED: dict[str, float | None] = {
 def product(shelf: Shelf, mixed: bool) -> Product:
     """The table; each line says at which scale it was measured, whatever others are."""
     names = sorted({form.partition("/")[0] for form in cited()})
-    found = gather(names, shelf.each, lambda source, rows: (rows, source.judged()))
-    lines = [line for rows, entries in found.taken for line in _forms(rows, entries)]
+    found = gather(names, shelf.each, lambda source: (source.stamps[0], source.judged()))
+    lines = [line for run, entries in found.taken for line in _forms(run, entries)]
     return Product(tabular(pd.DataFrame(lines, columns=COLUMNS), PRINTED), found.sources, found.complaints)
 
 
@@ -46,7 +46,7 @@ def cited() -> dict[str, str]:
     return {form: source for experiment in EXPERIMENTS for form, source in _citing(experiment)}
 
 
-def _forms(rows: pd.DataFrame, entries: list[Verdict]) -> Iterator[dict[str, object]]:
+def _forms(run: Stamp, entries: list[Verdict]) -> Iterator[dict[str, object]]:
     """The forms that hold something published to a criterion: the number is the criterion's own, at the cell that decided."""
     sources = cited()
     for entry in entries:
@@ -62,8 +62,8 @@ def _forms(rows: pd.DataFrame, entries: list[Verdict]) -> Iterator[dict[str, obj
             "published": entry.statement,
             **({"measured": entry.estimate, "lo": entry.interval[0], "hi": entry.interval[1], "n": entry.n} if ran else {}),
             "verdict": phrase(entry.verdict, entry.condition) if ran else NOT_RUN,
-            "data": rows["data"].iloc[0],
-            "scale": rows["scale"].iloc[0],
+            "data": run["data"],
+            "scale": run["scale"],
         }
 
 

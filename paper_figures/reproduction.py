@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.reproduction import NAME, NET, Setting, errors, reports_of, settings
 from paper_figures.sidecar import Product, tabular
-from paper_figures.sources import Shelf, composed, gather, todays_config
+from paper_figures.sources import Shelf, composed, gather, stamps_of, todays_config
 from paper_figures.style import DASHES, MARKERS, PREDICTION, SEEDS, WIDE, over_seeds, panels, title
 from src.config import Config
 from src.data.catalogue import CATALOGUE
@@ -111,7 +111,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def product(shelf: Shelf, mixed: bool) -> Product:
     """The table; each line says at which scale it was measured, and what was reduced."""
-    found = gather([NAME], shelf.papers, lambda source, rows: (rows, source.judged()))
+    found = gather([NAME], shelf.papers, lambda source: (source.read(), source.judged()))
     lines = [line for rows, verdicts in found.taken for line in (*_nets(rows, verdicts), *_forms(rows, verdicts))]
     measured = {tuple(net) for rows, _ in found.taken for net in rows[["paper", "data", "net"]].drop_duplicates().to_numpy()}
     lines += [line for paper in PAPERS for line in _not_run(paper, measured)]
@@ -144,7 +144,9 @@ def _reductions(rows: pd.DataFrame, name: str) -> list[str]:
         "images": (net["train_images"], images),
     }
     found = [f"{here:,} of {there:,} {what}" for what, (here, there) in sizes.items() if here != there]
-    (training, *_) = (setting.training for setting in settings(todays_config(rows), net["data_requested"]) if setting.net.name == name)
+    (training, *_) = (
+        setting.training for setting in settings(todays_config(stamps_of(rows)[0]), net["data_requested"]) if setting.net.name == name
+    )
     found += [
         f"{key} {getattr(training, key)}, not {there}"
         for key in OPTIMISER

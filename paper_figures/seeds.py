@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from paper_figures.ledger import measured
+from paper_figures.ledger import lines_of
 from paper_figures.sidecar import Product, tabular
 from paper_figures.sources import EXPERIMENTS, Shelf, gather
 from src.verdict import COLOURS
@@ -12,7 +12,7 @@ WHERE = ["claim", "form", "data", "scale"]
 
 def product(shelf: Shelf, mixed: bool) -> Product:
     """A line a form, data set and scale; of all finished runs, else of the committed ones."""
-    found = gather(EXPERIMENTS, shelf.every, lambda source, rows: measured(rows, source.judged()))
+    found = gather(EXPERIMENTS, shelf.every, lines_of)
     if not found.taken:
         return Product({}, [], found.complaints)
     return Product(tabular(counted(pd.DataFrame([line for run in found.taken for line in run]))), found.sources, found.complaints)

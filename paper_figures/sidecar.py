@@ -12,7 +12,10 @@ import pandas as pd
 
 from paper_figures.sources import Source
 from src.code import ROOT
-from src.results import sha256, write_atomically
+from src.results import hash_of, sha256, write_atomically
+
+# of a run
+TOLD = ("experiment", "data", "scale", "root_seed", "run", "commit", "dirty")
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,12 @@ class Product:
 
     Attributes:
         contents: the content of each file by its ending.
-        sources: the runs it is drawn from, each with its rows or their stamps.
+        sources: the runs it is drawn from.
         complaints: what could not be taken into it, a line each.
     """
 
     contents: Mapping[str, bytes | str]
-    sources: Sequence[tuple[Source, pd.DataFrame]]
+    sources: Sequence[Source]
     complaints: Sequence[str] = ()
 
 
@@ -50,11 +53,13 @@ def write(name: str, product: Product, out: Path, command: str, code: Mapping[st
 
 def told(name: str, product: Product, command: str, code: Mapping[str, object]) -> dict[str, Any]:
     """What the sidecar says: by what command and code the files were made, from which rows and settings, and the sha256 of all."""
+    configs: dict[str, object] = {}
     return {
         "command": command,
         "code": dict(code),
         "files": {f"{name}.{kind}": _sha256(content) for kind, content in product.contents.items()},
-        "rows": [_of(source, rows) for source, rows in product.sources],
+        "rows": [_of(source, configs) for source in product.sources],
+        "configs": configs,
     }
 
 
@@ -106,12 +111,16 @@ def shown(path: Path) -> str:
     return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)
 
 
-def _of(source: Source, rows: pd.DataFrame) -> dict[str, Any]:
-    stamps = rows[["experiment", "data", "scale", "root_seed", "run", "commit", "dirty"]].drop_duplicates()
+def _of(source: Source, configs: dict[str, object]) -> dict[str, Any]:
+    """What is said of one source; its config, but for the seed, is put among those of all, where thousands of runs have few."""
+    settings = source.settings()
+    if settings is not None:
+        del settings["seed"]
+        configs[hash_of(settings)] = settings
     return {
         "files": {shown(file): sha256(file) for file in source.files},
-        "runs": stamps.to_dict("records"),
-        "config": source.settings(rows),
+        "runs": [{key: stamp[key] for key in TOLD} for stamp in source.stamps],
+        "config": None if settings is None else hash_of(settings),
     }
 
 

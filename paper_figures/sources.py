@@ -3,19 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
-from omegaconf import OmegaConf
 from pydantic import TypeAdapter
-from yaml import YAMLError
 
 from src import rows as row_table
+from src.collect import code_of, distinct
 from src.config import Config, register_resolvers
 from src.errors import UserError
-from src.results import decisive, from_plain, run_hash, sha256
+from src.results import decisive, hash_of, read_config, sha256
 from src.run import CONF, check
 from src.verdict import Verdict
 
@@ -29,7 +28,9 @@ STAMP = {"data", "data_requested", "fallback", "train_images", "test_images", "s
 COMMON = {"commit": "commits", "data": "data sets", "scale": "scales"}
 
 
+Stamp = dict[Any, Any]
 Taken = TypeVar("Taken")
+VERDICTS, PROVENANCE = TypeAdapter(list[Verdict]), TypeAdapter(dict[str, Any])
 AGAIN = "run the experiment again with force=true"
 
 
@@ -50,22 +51,32 @@ class Source:
     config: Path | None = None
     folder: Path | None = None
 
-    def read(self) -> pd.DataFrame:
-        """Its rows.
+    @cached_property
+    def stamps(self) -> list[Stamp]:
+        """What its rows say of their run: one stamp, but where the rows of several runs were put together.
 
         Raises: UserError when the file is missing, damaged, not as the run left it, or holds none or those of another experiment or run.
         """
-        rows = row_table.read(self.rows)
-        if missing := STAMP - set(rows.columns):
+        found = distinct(self.rows, ("experiment", "paper", *sorted(STAMP)))
+        if missing := ({"experiment", *STAMP} if found else set()) - set(found[0] if found else ()):
             raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
-        if rows[[*STAMP]].isna().any(axis=None):
+        if any(stamp[column] is None for stamp in found for column in STAMP):
             raise UserError(f"{self.rows}: partial, some rows don't say what they are of; {AGAIN}")
-        if rows.empty or set(rows["experiment"]) != {self.experiment}:
-            found = "it holds no rows" if rows.empty else f"not the rows of {self.experiment}"
-            raise UserError(f"{self.rows}: {found}; run python -m src.run experiment={self.experiment} with force=true")
-        if self.folder and (foreign := set(map(_place, stamps(rows).to_dict("records"))) - {_place_of(self.folder)}):
+        if {stamp["experiment"] for stamp in found} != {self.experiment}:
+            told = f"not the rows of {self.experiment}" if found else "it holds no rows"
+            raise UserError(f"{self.rows}: {told}; run python -m src.run experiment={self.experiment} with force=true")
+        if self.folder and (foreign := set(map(_place, found)) - {_place_of(self.folder)}):
             raise UserError(f"{self.rows}: rows of another run, {', '.join(sorted(foreign))}; {AGAIN}")
         self._refuse_changed(self.rows, FILES[0])
+        return found
+
+    def read(self) -> pd.DataFrame:
+        """Its rows.
+
+        Raises: UserError when they are not those that the run left, as for its stamps.
+        """
+        rows = row_table.read(self.rows)
+        assert self.stamps
         return rows
 
     def judged(self) -> list[Verdict]:
@@ -74,7 +85,7 @@ class Source:
         Raises: UserError when the file is missing, damaged, not as the run left it, or of another experiment.
         """
         try:
-            verdicts = TypeAdapter(list[Verdict]).validate_json(self.verdicts.read_bytes())
+            verdicts = VERDICTS.validate_json(self.verdicts.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.verdicts}: missing or damaged; {AGAIN}") from error
         if {verdict.claim.partition("/")[0] for verdict in verdicts} != {self.experiment}:
@@ -88,24 +99,25 @@ class Source:
         Raises: UserError when the file is missing or damaged.
         """
         try:
-            return TypeAdapter(dict[str, Any]).validate_json(self.provenance.read_bytes())
+            return PROVENANCE.validate_json(self.provenance.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.provenance}: missing or damaged; {AGAIN}") from error
 
-    def settings(self, rows: pd.DataFrame) -> Any:
+    def settings(self) -> Any:
         """What decided its numbers; of committed rows today's config. None where there is none whose hash names their run.
 
         Raises: UserError when its own config is damaged or another experiment's.
         """
         try:
-            config = todays_config(rows) if self.config is None else from_plain(OmegaConf.to_container(OmegaConf.load(self.config)))
+            config = todays_config(self.stamps[0]) if self.config is None else read_config(self.config)
         except (UserError, FileNotFoundError):
             return None
-        except (OSError, ValueError, YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.config}: damaged; {AGAIN}") from error
         if config.claim.name != self.experiment:
             raise UserError(f"{self.config}: the config of {config.claim.name}, not of {self.experiment}; {AGAIN}")
-        return decisive(config) if rows["run"].iloc[0].startswith(run_hash(config)) else None
+        settings = decisive(config)
+        return settings if self.stamps[0]["run"].startswith(hash_of(settings)) else None
 
     @property
     def files(self) -> list[Path]:
@@ -127,34 +139,32 @@ class Gathered(Generic[Taken]):
 
     Attributes:
         taken: of each run in turn.
-        sources: the runs, each with the stamps of its rows.
+        sources: the runs.
         complaints: a line for each that could not be read.
     """
 
     taken: list[Taken]
-    sources: list[tuple[Source, pd.DataFrame]]
+    sources: list[Source]
     complaints: list[str]
 
 
-def gather(names: Iterable[str], find: Callable[[str], Iterable[Source]], take: Callable[[Source, pd.DataFrame], Taken]) -> Gathered[Taken]:
+def gather(names: Iterable[str], find: Callable[[str], Iterable[Source]], take: Callable[[Source], Taken]) -> Gathered[Taken]:
     """Take something from the runs of many experiments; what is missing, damaged, partial or mixed is told, and left out.
 
     Args:
         names: of the experiments.
         find: the runs of one.
-        take: what is taken from a run and its rows.
+        take: what is taken from a run.
     """
     gathered: Gathered[Taken] = Gathered([], [], [])
     for name in names:
         with _complaining(gathered.complaints):
             for source in find(name):
                 with _complaining(gathered.complaints):
-                    rows = source.read()
-                    require_one([rows], str(source.rows))
+                    require_one(source.stamps, str(source.rows))
                     with lacking(source.rows):
-                        taken = take(source, rows)
-                    gathered.taken.append(taken)
-                    gathered.sources.append((source, stamps(rows)))
+                        gathered.taken.append(take(source))
+                    gathered.sources.append(source)
     return gathered
 
 
@@ -232,7 +242,7 @@ class Shelf:
 
     def _wanted(self, source: Source) -> bool:
         """Whether rows are of the data set that is asked for, if one is."""
-        return self.data is None or self.data == (source.folder.parts[-3] if source.folder else source.read()["data_requested"].iloc[0])
+        return self.data is None or self.data == (source.folder.parts[-3] if source.folder else source.stamps[0]["data_requested"])
 
     def committed(self, experiment: str) -> Source:
         """The committed rows of an experiment, be they there or not."""
@@ -242,8 +252,8 @@ class Shelf:
 def _paper(source: Source) -> tuple[str, ...]:
     """What paper rows reproduce, on which data set and scale; of damaged ones which file they are."""
     try:
-        return tuple(map(str, row_table.read(source.rows)[["paper", "data", "scale"]].iloc[0]))
-    except (UserError, KeyError, IndexError):
+        return tuple(map(str, distinct(source.rows, ("paper", "data", "scale"))[0].values()))
+    except (UserError, IndexError):
         return (str(source.rows),)
 
 
@@ -253,28 +263,24 @@ def of_folder(folder: Path) -> Source:
     return Source(folder.parts[-4], rows, verdicts, provenance, config, folder)
 
 
-def stamps(rows: pd.DataFrame) -> pd.DataFrame:
+def stamps_of(rows: pd.DataFrame) -> list[Stamp]:
     """What rows say of their runs, and which paper they reproduce if they do, once for each."""
-    return rows[[column for column in ("experiment", "paper", *sorted(STAMP)) if column in rows]].drop_duplicates()
+    return rows[[column for column in ("experiment", "paper", *sorted(STAMP)) if column in rows]].drop_duplicates().to_dict("records")
 
 
-def mixture(tables: Sequence[pd.DataFrame]) -> str:
+def mixture(stamps: Sequence[Stamp]) -> str:
     """What the rows of one figure differ in though they should not: "" where they have one commit, data set and scale."""
-    told = []
-    for column, name in COMMON.items():
-        found = sorted({_label(at) for rows in tables for at in rows[[column, "dirty"]].drop_duplicates().to_dict("records")})
-        if len(found) > 1:
-            told.append(f"{name} {', '.join(found)}")
-    return " and ".join(told)
+    values = {name: {_label(stamp, column) for stamp in stamps} for column, name in COMMON.items()}
+    return " and ".join(f"{name} {', '.join(sorted(labels))}" for name, labels in values.items() if len(labels) > 1)
 
 
-def require_one(tables: Sequence[pd.DataFrame], where: str) -> None:
+def require_one(stamps: Sequence[Stamp], where: str) -> None:
     """Raise UserError saying where, when rows mix commits, data sets or scales."""
-    if told := mixture(tables):
+    if told := mixture(stamps):
         raise UserError(f"{where}: its rows mix {told}; run them alike, or add --mixed to have a figure drawn and said so")
 
 
-def _place(stamp: dict[Any, Any]) -> str:
+def _place(stamp: Stamp) -> str:
     """Where the folder of a run lies."""
     return f"{stamp['experiment']}/{stamp['data_requested']}/{stamp['scale']}/seed{stamp['root_seed']}-{stamp['run']}"
 
@@ -283,19 +289,17 @@ def _place_of(folder: Path) -> str:
     return "/".join(folder.parts[-4:])
 
 
-def _label(at: dict[Any, Any]) -> str:
-    if "commit" not in at:
-        return str(next(iter(at.values())))
-    return f"{at['commit'][:7]}{' with changes' if at['dirty'] else ''}"
+def _label(stamp: Stamp, column: str) -> str:
+    return code_of(stamp["commit"], stamp["dirty"]) if column == "commit" else str(stamp[column])
 
 
-def todays_config(rows: pd.DataFrame) -> Config:
-    """The config that the run of these rows would have today.
+def todays_config(stamp: Stamp) -> Config:
+    """The config that a run would have today.
 
     Raises: UserError when there is none.
     """
-    experiment, data, scale, seed = rows[["experiment", "data_requested", "scale", "root_seed"]].iloc[0]
-    return composed(f"{experiment}/{rows['paper'].iloc[0]}" if "paper" in rows else experiment, data, scale, seed)
+    name = f"{stamp['experiment']}/{stamp['paper']}" if "paper" in stamp else stamp["experiment"]
+    return composed(name, stamp["data_requested"], stamp["scale"], stamp["root_seed"])
 
 
 @cache

@@ -17,7 +17,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from paper_figures.sources import mixture
+from paper_figures.sources import mixture, stamps_of
 from src.run import CONF
 from src.statistics import t_interval
 
@@ -81,7 +81,7 @@ def panels(
         if empty := [axis.get_label() for axis in axes if not shows_rows(axis)]:
             raise ValueError(f"no rows for {'panel' if len(empty) == 1 else 'panels'} {', '.join(map(str, empty))}")
         sns.despine(fig=figure)
-        alarming = rows["fallback"].any() or mixture([rows])
+        alarming = rows["fallback"].any() or mixture(stamps_of(rows))
         below = f"{origin(rows)}\n{note}".rstrip()
         figure.supxlabel(below, fontsize=SMALL, color="tab:red" if alarming else "0.4", x=0.99, ha="right")
         _set_subscripts(figure)
@@ -185,7 +185,7 @@ def origin(rows: pd.DataFrame) -> str:
     images, seeds, runs = (_span(rows[column]) for column in ("train_images", "root_seed", "run"))
     where = f"{_span(rows['data'])}, {images} training images, scale={_span(rows['scale'])}, seed {seeds}, "
     where += f"run {runs}" if "," not in runs else f"{rows['run'].nunique()} runs"
-    if told := mixture([rows]):
+    if told := mixture(stamps_of(rows)):
         where = f"MIXED {told} — {where}"
     return f"FALLBACK: measured on {first['data']} in place of {first['data_requested']} — {where}" if rows["fallback"].any() else where
 

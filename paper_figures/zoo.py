@@ -32,9 +32,9 @@ def product(shelf: Shelf, mixed: bool) -> Product:
     source = shelf.newest("certificate")
     rows = source.read()
     if not mixed:
-        require_one([rows], str(source.rows))
+        require_one(source.stamps, str(source.rows))
     with lacking(source.rows):
-        return Product(tabular(table(rows), PRINTED), [(source, rows)])
+        return Product(tabular(table(rows), PRINTED), [source])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import shutil
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 from src.config import Config
 from src.errors import UserError
 
+CONFIG = TypeAdapter(Config)
 # what decides where and how a run is made, but none of its numbers
 INDECISIVE = ("results_dir", "force", "device", "tracker", "claim", "model_keys", "cluster", "detach", "snapshot")
 
@@ -59,7 +60,18 @@ def from_plain(plain: object) -> Config:
 
     Raises: ValueError when it is none.
     """
-    return TypeAdapter(Config).validate_python(plain)
+    return CONFIG.validate_python(plain)
+
+
+def read_config(file: Path) -> Config:
+    """The config of a run, from the file in its folder.
+
+    Raises: OSError when it can't be read; ValueError when it holds none.
+    """
+    try:
+        return from_plain(yaml.load(file.read_bytes(), yaml.CSafeLoader))  # safe, and ten times as fast as the one in Python
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def folder_of(config: Config, seed: int, run: str) -> Path:
@@ -121,8 +133,12 @@ class RunFolder:
 
     def refuse_another_config(self) -> None:
         """Raise UserError when the folder there belongs to another config."""
-        if self.path.exists() and _load_decisive(self.path / "config.yaml") != decisive(self.config):
-            raise UserError(f"{self.path}: holds a run of another config (see its config.yaml); move it away or choose another results_dir")
+        if not self.path.exists():
+            return
+        with suppress(OSError, ValueError):
+            if decisive(read_config(self.path / "config.yaml")) == decisive(self.config):
+                return
+        raise UserError(f"{self.path}: holds a run of another config (see its config.yaml); move it away or choose another results_dir")
 
     @contextmanager
     def running(self) -> Iterator["RunFolder"]:
@@ -238,11 +254,12 @@ def _to_json(content: object) -> str:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, and rename."""
-    _replace(path, lambda temporary: temporary.write_bytes(content.encode() if isinstance(content, str) else content))
+    """Write a file whole or not at all."""
+    atomically(path, lambda temporary: temporary.write_bytes(content.encode() if isinstance(content, str) else content))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written under a temporary name beside `path`, flush it to the disk, and rename it."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         write(temporary)
@@ -251,13 +268,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _load_decisive(path: Path) -> dict[str, Any] | None:
-    try:
-        return decisive(from_plain(OmegaConf.to_container(OmegaConf.load(path))))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
 
 
 def _disk_full(error: BaseException | None) -> bool:

@@ -1,9 +1,7 @@
 """Rows: one measurement a line, long format, units in the quantity's description; stored as Parquet."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,9 @@ def to_parquet(rows: pd.DataFrame, quantities: Mapping[str, str], stamp: Mapping
         raise ValueError(f"quantities measured and described differ: {', '.join(sorted(found ^ set(quantities)))}")
     table = pa.Table.from_pandas(rows.assign(**stamp), preserve_index=False)
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, DESCRIPTIONS: _told(quantities)}), sink, compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata({**table.schema.metadata, DESCRIPTIONS: json.dumps(dict(quantities))}), sink, compression="zstd"
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -49,10 +49,8 @@ def read(path: Path) -> pd.DataFrame:
     """
     try:
         table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not there") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); run the experiment again with force=true") from error
+        raise unreadable(path, error) from error
     missing = {"quantity", "value", "experiment", "data", "scale", "run"} - set(table.column_names)
     if missing:
         raise UserError(f"{path}: no table of rows, it lacks the columns {', '.join(sorted(missing))}")
@@ -64,54 +62,11 @@ def read(path: Path) -> pd.DataFrame:
     return rows
 
 
-def joined(files: Sequence[Path]) -> bytes:
-    """The rows of many files as one Parquet table; a column that some haven't is empty there.
-
-    Raises: UserError naming a file that is missing or damaged.
-    """
-    texts = _texts(files[0])
-    with ThreadPoolExecutor() as pool:
-        tables = list(pool.map(partial(_table, texts=texts), files))
-    quantities: dict[str, str] = {}
-    for table in tables:
-        quantities |= json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
-    whole = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    sink = pa.BufferOutputStream()
-    # who reads it gets texts, however they were held here
-    with pq.ParquetWriter(sink, whole.schema, compression="zstd", write_statistics=False, store_schema=False) as writer:
-        writer.add_key_value_metadata({DESCRIPTIONS: _told(quantities)})
-        writer.write_table(whole)
-    return sink.getvalue().to_pybytes()
-
-
-def _told(quantities: Mapping[str, str]) -> bytes:
-    return json.dumps(dict(quantities)).encode()
-
-
-def _texts(file: Path) -> list[str]:
-    """The columns of texts: of ten thousand files they are read and written in a third less time as codes of their values."""
-    return [field.name for field in _table(file, []).schema if pa.types.is_dictionary(field.type)]
-
-
-def _table(file: Path, texts: list[str]) -> pa.Table:
-    """The rows of a file, its texts as codes of their values; quickest where its columns of texts are the given ones."""
-    try:
-        try:
-            table = pq.ParquetFile(file, pre_buffer=False, read_dictionary=texts).read(use_threads=False)
-        except KeyError:  # it lacks one of them
-            table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: missing or damaged ({str(error).splitlines()[0]}); move its folder away and run it again") from error
-    for place, field in enumerate(table.schema):
-        if pa.types.is_large_string(field.type) or pa.types.is_string(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(pa.string()).dictionary_encode())
-    return table
-
-
-def commits(path: Path) -> list[str]:
-    """The commits that the rows of a table are of, "with changes" where files differed."""
-    found = pq.read_table(path, columns=["commit", "dirty"], read_dictionary=["commit"]).group_by(["commit", "dirty"]).aggregate([])
-    return sorted(f"{code['commit'][:7]}{' with changes' if code['dirty'] else ''}" for code in found.to_pylist())
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What is told of a file that can't be read."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: not there")
+    return UserError(f"{path}: damaged ({str(error).splitlines()[0]}); move its folder away, or run the experiment again with force=true")
 
 
 def finished_runs(results_dir: Path, experiment: str) -> list[Path]:

@@ -74,22 +74,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
         row_table.read(path)
 
 
-def test_files_are_joined_into_one_table(tmp_path: Path) -> None:
-    one = written(tmp_path)
-    other = tmp_path / "other.parquet"
-    described = {"loss": "mean cross-entropy; nats"}
-    other.write_bytes(row_table.to_parquet(pd.DataFrame({"quantity": ["loss"], "value": [1.5], "step": [3]}), described, STAMP))
-    all_rows = tmp_path / "all.parquet"
-    all_rows.write_bytes(row_table.joined([one, other]))
-    rows = row_table.read(all_rows)
-    assert rows["value"].tolist() == [*some_rows()["value"], 1.5]
-    assert rows["step"].isna().tolist() == [True, True, True, False]
-    assert rows.attrs["quantities"] == {**QUANTITIES, **described}
-    other.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"other\.parquet: missing or damaged .*; move its folder away and run it again"):
-        row_table.joined([one, other])
-
-
 def test_pick_selects_by_quantity_and_coordinates() -> None:
     assert row_table.pick(some_rows(), "norm")["layer"].tolist() == [1, 2]
     assert row_table.pick(some_rows(), "norm", layer=2)["value"].tolist() == [float("inf")]

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 from src.config import register_resolvers
 from src.errors import UserError
-from src.results import write_atomically
 from src.run import complain
 from src.sweep import cluster
 from src.sweep.folder import Sweep, find
@@ -68,18 +67,22 @@ def cancel(sweep: Sweep, _: list[str]) -> int:
 
 
 def collect(sweep: Sweep, _: list[str]) -> int:
-    """Write the rows of all finished runs into one file; return 1 if some are not finished."""
-    from src import rows
+    """Write the rows of all finished runs into one file; return 1 if some are not finished, or their rows can't be read."""
+    from src import collect as rows
 
     finished = [run for run in sweep.runs if sweep.done(run)]
     if not finished:
         raise UserError(f"sweep {sweep.name}: no run is finished; python -m src.sweep status {sweep.called}")
     file = sweep.path / "rows.parquet"
-    write_atomically(file, rows.joined([sweep.folder(run) / "rows.parquet" for run in finished]))
-    print(f"{len(finished)} of {len(sweep.runs)} runs: {file}")
+    unreadable = rows.collect([sweep.folder(run) / "rows.parquet" for run in finished], file)
+    print(f"{len(finished) - len(unreadable)} of {len(sweep.runs)} runs: {file}")
+    for complaint in unreadable:
+        print(f"left out: {complaint}")
+    if unreadable:
+        print(f"with these folders moved away, python -m src.sweep resume {sweep.called} makes them again")
     if len(made := rows.commits(file)) > 1:
         print(f"made by different code: {', '.join(made)}")
-    return int(len(finished) < len(sweep.runs))
+    return int(bool(unreadable) or len(finished) < len(sweep.runs))
 
 
 COMMANDS: dict[str, Callable[[Sweep, list[str]], int]] = {"status": status, "resume": resume, "cancel": cancel, "collect": collect}

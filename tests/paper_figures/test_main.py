@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from paper_figures import __main__ as command
 from paper_figures import drawing, products
 from paper_figures.products import FIGURES
-from paper_figures.sources import AGAIN, HERE, Shelf, mixture
+from paper_figures.sources import AGAIN, HERE, Shelf, mixture, stamps_of
 from paper_figures.style import panels
 from src import code
 from src.results import hash_of, to_plain
@@ -220,10 +220,14 @@ def test_rows_of_two_commits_are_refused_in_a_line_or_called_out(run: Commands) 
 
 @pytest.mark.parametrize("column", ["data", "scale", "commit"])
 def test_what_rows_of_one_figure_may_not_differ_in(column: str) -> None:
-    rows = pd.read_parquet(BytesIO(parquet(NAMES[0]))).head(2)
-    assert mixture([rows, rows.assign(root_seed=5, run="another")]) == ""
-    assert "another" in mixture([rows, rows.assign(**{column: "another"})])
-    assert "with changes" in mixture([rows, rows.assign(dirty=True)])
+    (stamp,) = stamps_of(pd.read_parquet(BytesIO(parquet(NAMES[0]))).head(2))
+
+    def mixed(**other: object) -> str:
+        return mixture([stamp, {**stamp, **other}])
+
+    assert mixed(root_seed=5, run="another") == ""
+    assert "another" in mixed(**{column: "another"})
+    assert "with changes" in mixed(dirty=True)
 
 
 def test_the_overview_and_the_numbers_refuse_runs_that_are_not_alike(run: Commands) -> None:
@@ -349,7 +353,7 @@ def test_the_sidecar_tells_rows_config_code_and_command(run: Commands) -> None:
     (rows,) = told["rows"]
     files = (source, *map(source.with_name, ("verdicts.json", "provenance.json")))
     assert rows["files"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert (rows["runs"][0]["run"], rows["runs"][0]["commit"], rows["config"]) == ("a-run", "0" * 40, None)
+    assert (rows["runs"][0]["run"], rows["runs"][0]["commit"], rows["config"], told["configs"]) == ("a-run", "0" * 40, None, {})
     for name, digest in told["files"].items():
         assert hashlib.sha256((run.out / name).read_bytes()).hexdigest() == digest
     assert set(told["files"]) == {f"{NAMES[0]}.{kind}" for kind in KINDS if kind != "json"}
@@ -357,9 +361,9 @@ def test_the_sidecar_tells_rows_config_code_and_command(run: Commands) -> None:
 
 def test_the_config_of_committed_rows_is_todays_where_its_hash_names_their_run() -> None:
     source = Shelf(Path("nowhere"), HERE / "reference").newest("wide_layers")
-    rows = source.read()
-    assert hash_of(source.settings(rows)) == rows["run"].iloc[0]
-    assert source.settings(rows.assign(run="another")) is None
+    assert hash_of(source.settings()) == source.stamps[0]["run"]
+    source.stamps[0]["run"] = "another"
+    assert source.settings() is None
 
 
 def test_what_several_processes_draw_is_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

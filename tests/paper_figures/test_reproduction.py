@@ -62,7 +62,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_rows_and_of_todays_co
     assert not rows["dirty"].any()
     assert not rows["fallback"].any()
     assert f"{rows['paper'].iloc[0]}-{rows['data'].iloc[0]}" == file.stem
-    assert source.settings(sources.stamps(rows)) is not None
+    assert source.settings() is not None
     told = json.loads(source.provenance.read_text())
     assert (told["commit"], told["data"], told["seed"]) == tuple(rows[["commit", "data", "root_seed"]].iloc[0])
     assert "/tmp" not in source.provenance.read_text()
@@ -140,4 +140,4 @@ def test_the_newest_run_of_a_paper_stands_for_its_committed_rows(tmp_path: Path)
 def test_todays_config_of_a_papers_rows_is_its_own() -> None:
     stamp = {"experiment": "reproduction", "data_requested": "digits", "scale": "smoke", "root_seed": 0}
     rows = small_rows("reproduction/yang2019").assign(**stamp)
-    assert sources.todays_config(rows).grid.paper == "yang2019"
+    assert sources.todays_config(sources.stamps_of(rows)[0]).grid.paper == "yang2019"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from paper_figures import cost, numbers, products, published, seeds, sidecar, summary, zoo
-from paper_figures.ledger import measured
+from paper_figures.ledger import lines_of
 from paper_figures.sources import Shelf, Source
 from src.rows import pick
 from tests.experiments.measured import NAMES
@@ -69,7 +69,7 @@ def test_the_zoo_has_a_line_an_architecture_and_tells_readings_as_they_are() -> 
 
 def test_the_cost_is_that_of_the_provenance() -> None:
     source = REFERENCE.newest("wide_layers")
-    line = cost.line(source, source.read())
+    line = cost.line(source)
     told = json.loads(source.provenance.read_text())
     assert (line["wall time (s)"], line["trainings"]) == (told["wall_time_s"], len(told["training_seconds"]))
     assert line["of it training (s)"] == pytest.approx(sum(told["training_seconds"].values()), abs=0.05)
@@ -119,7 +119,7 @@ def test_digits_in_names_become_words() -> None:
 
 
 def test_the_summary_counts_every_form_once() -> None:
-    lines = pd.DataFrame([line for source in map(REFERENCE.newest, NAMES) for line in measured(source.read(), source.judged())])
+    lines = pd.DataFrame([line for source in map(REFERENCE.newest, NAMES) for line in lines_of(source)])
     text = summary.summary(lines)
     assert text.count("\n| `") == (lines["form"] == "as_stated").sum() + lines["claim"].str.partition("/")[0].nunique()
     total = next(line for line in text.splitlines() if line.startswith("| all "))

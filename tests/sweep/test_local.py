@@ -66,6 +66,11 @@ def test_what_failed_is_told_and_made_by_the_one_command_that_is_printed(user: U
     (submitted,) = {json.loads(file.read_text())["commit"] for file in user.sweep().path.glob("code/*/commit.json")}
     assert set(rows["commit"]) == {submitted}
 
+    (user.sweep().folder(user.sweep().runs[3]) / "rows.parquet").unlink()
+    code, out = user.call("src.sweep", "collect", user.sweep().name)
+    assert (code, "3 of 4 runs" in out) == (1, True)
+    assert "rows.parquet: not there" in out
+
     mirrored = {run.id: sorted((user.tree / "results/wandb").glob(f"offline-run-*-{run.id}")) for run in user.sweep().runs}
     assert [len(mirrored[run.id]) for run in user.sweep().runs] == [1, 2, 2, 1]
     assert f'"{user.sweep().name}"' in told_to_wandb(mirrored[user.sweep().runs[1].id][1])
