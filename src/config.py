@@ -281,8 +281,10 @@ def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make `at_scale` known to OmegaConf."""
+    """Make `at_scale` and `times` known to OmegaConf."""
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+    # what a job is given for each of its runs at once; as many as there is room for need no more
+    OmegaConf.register_new_resolver("times", lambda each, at_once: each * (at_once or 1), replace=True)
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -62,7 +62,7 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (UserError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        return complain(_explain(error), 2)
+        return complain(explain(error), 2)
     return max(codes, default=0)
 
 
@@ -191,7 +191,7 @@ def complain(message: str, code: int) -> int:
     return code
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """What went wrong before a run began, with the near match where there is one."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from src.config import register_resolvers
 from src.errors import UserError
-from src.run import complain
+from src.run import complain, explain
 from src.sweep import cluster
 from src.sweep.folder import Sweep, find
 from src.sweep.launch import launch, tell
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        return complain(str(error), 2)
+        return complain(explain(error), 2)
 
 
 def status(sweep: Sweep, _: list[str]) -> int:
@@ -55,15 +55,19 @@ def resume(sweep: Sweep, overrides: list[str]) -> int:
     os.chdir(sweep.cwd)
     for name, value in sweep.environment.items():
         os.environ.setdefault(name, value)
-    kept = [override for override in sweep.arguments if not override.startswith("detach=")]
-    return launch([*kept, *overrides], expected=sweep.name)
+    said = {_key(override) for override in overrides} | {"detach"}
+    return launch([*(override for override in sweep.arguments if _key(override) not in said), *overrides], expected=sweep.name)
 
 
 def cancel(sweep: Sweep, _: list[str]) -> int:
-    """End the sweep's jobs."""
+    """End the sweep's jobs; return 1 if some may run on another machine, where that has to be done."""
+    jobs = len(cluster.alive(sweep))
     cluster.cancel(sweep)
-    print(f"sweep {sweep.name}: its jobs are cancelled; python -m src.sweep resume {sweep.called} goes on with it")
-    return 0
+    told = f"{jobs} {'job' if jobs == 1 else 'jobs'} cancelled" if jobs else "it has no jobs here"
+    print(f"sweep {sweep.name}: {told}; python -m src.sweep resume {sweep.called} goes on with it")
+    if hosts := cluster.elsewhere(sweep):
+        print(f"it has had jobs on {', '.join(hosts)}: if they go on, python -m src.sweep cancel {sweep.called} there")
+    return int(bool(hosts))
 
 
 def collect(sweep: Sweep, _: list[str]) -> int:
@@ -83,6 +87,11 @@ def collect(sweep: Sweep, _: list[str]) -> int:
     if len(made := rows.commits(file)) > 1:
         print(f"made by different code: {', '.join(made)}")
     return int(bool(unreadable) or len(finished) < len(sweep.runs))
+
+
+def _key(override: str) -> str:
+    """What an argument sets."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 COMMANDS: dict[str, Callable[[Sweep, list[str]], int]] = {"status": status, "resume": resume, "cancel": cancel, "collect": collect}

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from src.sweep.job import Job
 PAUSE = 0.1  # seconds between two looks at a job that is being ended
 ENDING = 30.0  # seconds that a job may take to end its runs; one that is still being imported has to learn of it first
 PATIENCE = 60.0  # seconds that a command of SLURM may take
+PASSING = {"None", "Priority", "Resources", "JobArrayTaskLimit"}  # why jobs wait that will run
 Kind = Literal["local", "slurm"]
 KINDS: dict[str, Kind] = {"LocalLauncher": "local", "SlurmLauncher": "slurm"}
 # of hydra.launcher, what submitit's executors take when they are made
@@ -34,6 +36,19 @@ def kind_of(launcher: dict[str, Any]) -> Kind:
     if name not in KINDS:
         raise UserError(f"hydra/launcher: {name} is not for sweeps; the cluster's file must choose submitit_local or submitit_slurm")
     return KINDS[name]
+
+
+def gpus(launcher: dict[str, Any]) -> int:
+    """The GPUs of a job that hydra.launcher describes; of a local one all that this user has, if nothing else is said."""
+    if (asked := launcher.get("gpus_per_node")) is not None or kind_of(launcher) == "slurm":
+        return asked or 0
+    return len(launcher.get("visible_gpus") or _visible()) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _visible() -> list[int]:
+    """The numbers of the GPUs that CUDA_VISIBLE_DEVICES names."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [int(gpu) for gpu in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else []
 
 
 def job_name(sweep: Sweep) -> str:
@@ -59,10 +74,9 @@ def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[
     kind = kind_of(launcher)
     options = {key: value for key, value in launcher.items() if key not in AT_INIT and value is not None}
     if kind == "local":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if re.fullmatch(r"\d+(,\d+)*", visible):
-            options.setdefault("visible_gpus", [int(gpu) for gpu in visible.split(",")])
-        options.setdefault("gpus_per_node", len(options.get("visible_gpus", ())) or len(list(Path("/dev").glob("nvidia[0-9]*"))))
+        if visible := _visible():
+            options.setdefault("visible_gpus", visible)
+        options.setdefault("gpus_per_node", gpus(launcher))
     try:
         executor = submitit.AutoExecutor(sweep.path / "jobs", kind, **{f"{kind}_max_num_timeout": launcher.get("max_num_timeout", 0)})
         executor.update_parameters(name=job_name(sweep), **{key if key in BASE else f"{kind}_{key}": options[key] for key in options})
@@ -74,16 +88,16 @@ def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[
 
 
 def alive(sweep: Sweep) -> dict[str, str]:
-    """The sweep's jobs that wait or run, by id, and which of both.
+    """The sweep's jobs that wait or run, by id, which of both, and why where SLURM has a reason that doesn't pass by itself.
 
     Raises: UserError when SLURM doesn't answer.
     """
     submissions = sweep.submissions()
     found: dict[str, str] = {}
     if any(submission.kind == "slurm" for submission in submissions):
-        for line in _ask("squeue", *_ours(sweep), "--noheader", "--array", "--format=%i|%T").splitlines():
-            job, _, state = line.partition("|")
-            found[job] = state
+        for line in _ask("squeue", *_ours(sweep), "--noheader", "--array", "--format=%i|%T|%r").splitlines():
+            job, state, reason = line.split("|", 2)
+            found[job] = state if reason in PASSING else f"{state} ({reason})"
     if any(submission.kind == "local" for submission in submissions):
         found |= dict.fromkeys(_processes("submitit.local._local", sweep), "RUNNING")
     return found
@@ -110,6 +124,12 @@ def _elements(jobs: str) -> list[str]:
         return [jobs]
     ranges = [part.partition("-") for part in told[2].split(",")]
     return [f"{told[1]}_{place}" for first, _, last in ranges for place in range(int(first), int(last or first) + 1)]
+
+
+def elsewhere(sweep: Sweep) -> list[str]:
+    """The other machines that local jobs of a sweep were started on: from here they are neither seen nor ended."""
+    hosts = {submission.host for submission in sweep.submissions() if submission.kind == "local"}
+    return sorted(hosts - {socket.gethostname()})
 
 
 def cancel(sweep: Sweep) -> None:

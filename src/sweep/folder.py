@@ -10,7 +10,7 @@ import shlex
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -51,11 +51,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs that were submitted together: which runs each has, and of what code."""
+    """Jobs that were submitted together: which runs each has, of what code, and from which host, where local ones run."""
 
     kind: Literal["local", "slurm"]
     jobs: dict[str, list[str]]
     code: Code
+    host: str = field(default_factory=socket.gethostname)
 
 
 class Sweep:
@@ -189,7 +190,7 @@ class Sweep:
         for file in sorted((self.path / "submissions").glob("*.json")):
             try:
                 told = json.loads(file.read_bytes())
-                found.append(Submission(told["kind"], told["jobs"], Code(**told["code"])))
+                found.append(Submission(told["kind"], told["jobs"], Code(**told["code"]), told["host"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}: damaged; end the jobs that it told of, if any go on, and remove it") from error
         return found

@@ -16,7 +16,7 @@ from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
 from src.code import SUBMITTED, Code
-from src.processes import PROCESSES, cpus
+from src.processes import PROCESSES, at_once
 from src.sweep.folder import Attempt, Outcome, Sweep
 from src.sweep.plan import Run
 from src.sweep.work import begin
@@ -51,7 +51,7 @@ class Job:
         # the server that runs are copies of starts with it
         os.environ |= _environment(self.code)
         waiting = deque(run for run in map(sweep.by_id.__getitem__, self.runs) if not sweep.done(run))
-        slots: list[Process | None] = [None] * (self.at_once or _at_once())
+        slots: list[Process | None] = [None] * (self.at_once or at_once())
         # whoever started this process may be gone before it gets here
         parent = int(os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.getppid())
         try:
@@ -130,10 +130,3 @@ def _gpu(slot: int) -> dict[str, str]:
     """What a run in a slot sees of several GPUs: its own."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-
-
-def _at_once() -> int:
-    """As many runs as there are CPUs for their threads."""
-    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a number a level
-    threads = int(outermost) if outermost.isdecimal() else 1  # what it doesn't understand it passes over
-    return max(1, cpus() // max(1, threads))

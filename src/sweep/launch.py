@@ -1,15 +1,13 @@
 """Launch a sweep: plan, submit what is missing, watch, tell."""
 
 import heapq
-import json
 import math
 import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
@@ -22,15 +20,17 @@ from rich.text import Text
 from src import code
 from src.config import ClusterConfig, ScaleName
 from src.errors import UserError
+from src.processes import at_once
+from src.results import write_atomically
 from src.sweep import cluster
+from src.sweep.estimate import estimate
 from src.sweep.folder import Submission, Sweep, called
 from src.sweep.plan import Plan, Run, plan
-from src.sweep.state import State, in_brief, look, report
+from src.sweep.state import State, in_brief, look, report, stuck
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 20.0  # seconds between two looks: a twentieth of the time since the start, within these
 AGREED = 5.0  # seconds over which jobs must be gone: SLURM forgets one for a moment while it takes it from a dead node
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAMPLED = 5  # finished runs whose time tells that of their like
 
 
 @contextmanager
@@ -76,22 +76,32 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
     """
     planned = plan(arguments)
     if planned.name != (expected or planned.name):
-        raise UserError(f"sweep {expected}: conf/ was changed, its command line now stands for other runs (sweep {planned.name})")
+        told = "its command line, with what was added and conf/ as it is, stands for other runs"
+        raise UserError(f"sweep {expected}: {told} (sweep {planned.name}); start them with python -m src.run -m")
     kind = cluster.kind_of(planned.launcher)
     first = planned.configs[0]
     with _alone(Sweep.place(planned)) as path:
-        sweep = _opened(path) or Sweep.create(planned)
+        earlier = (path / "plan.json").read_bytes() if (sweep := _opened(path)) else None
+        sweep = sweep or Sweep.create(planned)
         done: set[str] = set()
         alive = cluster.alive(sweep)
         if not alive:  # the options of an earlier command line are those of its jobs
             sweep = Sweep.create(planned)
         states = look(sweep, alive, done)
         missing = [run for run in sweep.runs if states[run.id] in ("missing", "failed", "lost")]
-        gpus = (planned.launcher.get("gpus_per_node") or 0) / ((first.cluster and first.cluster.at_once) or 1)
-        print(f"sweep {sweep.name}: {in_brief(states)}; {_estimate(sweep, missing, gpus)}", flush=True)
+        assert first.cluster is not None
+        gpus = cluster.gpus(planned.launcher) / (first.cluster.at_once or at_once())
+        print(f"sweep {sweep.name}: {in_brief(states)}; {estimate(sweep, missing, gpus)}", flush=True)
         try:
             if missing:
-                _submit(sweep, planned, missing, kind)
+                try:
+                    _submit(sweep, planned, missing, kind)
+                except UserError:
+                    if earlier:  # with which it can be resumed: what is refused is not kept
+                        write_atomically(path / "plan.json", earlier)
+                    raise
+            elif alive and not first.detach:
+                print("nothing to submit; Ctrl-C cancels the jobs that go on", flush=True)
             if first.detach:
                 print(f"the jobs go on; python -m src.sweep status|resume|cancel {sweep.called}")
                 return 0
@@ -111,6 +121,8 @@ def tell(sweep: Sweep, states: dict[str, State]) -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(report(sweep, states, alive, cluster.histories(sweep)), soft_wrap=True)
     if all(state in ("done", "running", "waiting") for state in states.values()):
         return 0
+    if hosts := cluster.elsewhere(sweep):
+        print(f"it has had jobs on {', '.join(hosts)}, which are not seen from here: what is lost may go on there")
     print(f"this finishes the rest: python -m src.sweep resume {sweep.called}")
     return 1
 
@@ -124,7 +136,7 @@ def watch(sweep: Sweep, done: set[str]) -> dict[str, State]:
         while True:
             alive = _alive(sweep)
             states = look(sweep, alive or {}, done)
-            line = in_brief(states) if alive is not None else "SLURM doesn't answer; trying again"
+            line = "; ".join([in_brief(states), *stuck(alive)]) if alive is not None else "SLURM doesn't answer; trying again"
             if console.is_terminal:
                 live.update(Text(line), refresh=True)
             elif line != shown:
@@ -194,32 +206,6 @@ def _alive(sweep: Sweep) -> dict[str, str] | None:
         return cluster.alive(sweep)
     except UserError:
         return None
-
-
-def _estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
-    """What the missing runs will take, by the finished runs of their kinds in the results; `gpus` of them each."""
-    kinds = Counter(sweep.folder(run).parent for run in missing)
-    seconds = {kind: _seconds(kind) for kind in kinds}
-    hours = sum((seconds[kind] or 0) * count for kind, count in kinds.items()) / 3600
-    unknown = sum(count for kind, count in kinds.items() if seconds[kind] is None)
-    told = [f"{len(missing)} to do"]
-    if hours:
-        told.append(f"about {hours:.2g} hours of work" + (f" and {hours * gpus:.2g} GPU-hours" if gpus else ""))
-    if unknown:
-        told.append(f"{unknown} of them of a kind of which none is finished to go by")
-    return ", ".join(told)
-
-
-def _seconds(kind: Path) -> float | None:
-    """The mean wall time of a few finished runs of a kind that did all their work at once; None where there is none."""
-    times = []
-    for file in kind.glob("seed*/provenance.json"):
-        with suppress(OSError, ValueError, KeyError):
-            told = json.loads(file.read_bytes())
-            times += [] if told.get("resumed") else [float(told["wall_time_s"])]
-        if len(times) == SAMPLED:
-            break
-    return sum(times) / len(times) if times else None
 
 
 @contextmanager

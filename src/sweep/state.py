@@ -61,7 +61,7 @@ def _gone(sweep: Sweep) -> dict[str, str]:
 def _under_way(job: str, told: str, tries: Sequence[Attempt]) -> State:
     """The state of an unfinished run that a living job has."""
     last = [attempt for attempt in tries if attempt.job == job][-1:]
-    if not last or told == "PENDING" or last[0].outcome == "stopped":
+    if not last or told.startswith("PENDING") or last[0].outcome == "stopped":
         return "waiting"
     return "running" if last[0].outcome == "open" else ENDED[last[0].outcome]
 
@@ -89,9 +89,15 @@ def report(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], 
     table = Table("experiment", "data", "scale", "runs", *shown, title=f"sweep {sweep.name}")
     for kind, counts in kinds.items():
         table.add_row(*kind, str(counts.total()), *(str(counts[state]) for state in shown))
-    told = [Text(line) for line in mishaps(sweep, states, alive, histories)]
-    more = [Text(f"… and {len(told) - SHOWN} more")] if len(told) > SHOWN else []
-    return Group(table, *told[:SHOWN], *more, *map(Text, _full_disk(Path(sweep.path))))
+    told = mishaps(sweep, states, alive, histories)
+    more = [f"… and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
+    return Group(table, *map(Text, (*told[:SHOWN], *more, *stuck(alive), *_full_disk(sweep.path))))
+
+
+def stuck(alive: Mapping[str, str]) -> list[str]:
+    """How many jobs SLURM lets wait for a reason that may never pass, a line for each reason."""
+    reasons = Counter(told for told in alive.values() if told.startswith("PENDING ("))
+    return [f"{count} {'job' if count == 1 else 'jobs'} {told}, says SLURM" for told, count in sorted(reasons.items())]
 
 
 def mishaps(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], histories: Mapping[str, list[str]]) -> list[str]:

@@ -184,7 +184,8 @@ def test_runs_of_a_job_share_its_gpus(slurm: dict[str, str], tmp_path: Path) -> 
     runs = range(4)
     user = User(plant(tmp_path / "tree"), {**slurm, "BACKLOCK_GPUS": "2", "BACKLOCK_AT_ONCE": str(len(runs))})
     user.order("hold", *runs)
-    launcher = user.start("src.run", "-m", "experiment=tiny", f"seed=range({len(runs)})", "cluster=slurm")
+    small = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")  # the nodes have no room for what four runs are given
+    launcher = user.start("src.run", "-m", "experiment=tiny", f"seed=range({len(runs)})", "cluster=slurm", *small)
     user.until(lambda: all(user.began(seed, "reached") for seed in runs), "all runs are at work")
     assert len({job(user, seed) for seed in runs}) == 1
     assert sorted(map(user.gpus, runs)) == ["0", "0", "1", "1"]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from src.errors import UserError
+from src.sweep import __main__ as sweeping
 from src.sweep import cluster
 from src.sweep.folder import Submission, Sweep
 from src.sweep.job import Job
@@ -39,8 +40,8 @@ def submitted(sweep: Sweep) -> Sweep:
 
 
 def test_jobs_alive_are_those_in_the_queue(submitted: Sweep, answers: Path) -> None:
-    (answers / "squeue.txt").write_text("7_0|RUNNING\n7_2|PENDING\n")
-    assert cluster.alive(submitted) == {"7_0": "RUNNING", "7_2": "PENDING"}
+    (answers / "squeue.txt").write_text("7_0|RUNNING|None\n7_1|PENDING|Resources\n7_2|PENDING|PartitionTimeLimit\n")
+    assert cluster.alive(submitted) == {"7_0": "RUNNING", "7_1": "PENDING", "7_2": "PENDING (PartitionTimeLimit)"}
     assert f"--name={cluster.job_name(submitted)} " in (answers / "called").read_text()
 
 
@@ -86,6 +87,21 @@ def test_a_process_that_is_no_controller_of_the_sweep_is_left_alone(sweep: Sweep
     sweep.submitted(Submission("local", {"1": []}, CODE))
     assert cluster.alive(sweep) == {}
     cluster.cancel(sweep)
+
+
+def test_what_runs_on_another_machine_is_told(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.submitted(Submission("local", {"1": []}, CODE))
+    assert (sweeping.cancel(sweep, []), cluster.elsewhere(sweep)) == (0, [])
+    assert "it has no jobs here" in capsys.readouterr().out
+    sweep.submitted(Submission("slurm", {}, CODE, "a-login-node"))
+    sweep.submitted(Submission("local", {"1": []}, CODE, "another-node"))
+    assert cluster.elsewhere(sweep) == ["another-node"]
+
+
+def test_a_cancelled_sweep_says_what_it_can_not_reach(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.submitted(Submission("local", {"1": []}, CODE, "another-node"))
+    assert sweeping.cancel(sweep, []) == 1
+    assert f"jobs on another-node: if they go on, python -m src.sweep cancel {sweep.called} there" in capsys.readouterr().out
 
 
 def test_only_submitit_s_launchers_make_jobs() -> None:
@@ -145,6 +161,21 @@ def test_local_jobs_that_were_not_noted_are_found_and_cancelled(
     cluster.cancel(sweep)
     assert (controller.wait(), job.wait()) == (-signal.SIGKILL, -signal.SIGKILL)
     assert cluster.alive(sweep) == {}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ({"_target_": "x.SlurmLauncher", "gpus_per_node": 4}, 4),
+        ({"_target_": "x.SlurmLauncher"}, 0),
+        ({"_target_": "x.LocalLauncher", "gpus_per_node": 1}, 1),
+        ({"_target_": "x.LocalLauncher", "gpus_per_node": None}, 2),
+        ({"_target_": "x.LocalLauncher", "visible_gpus": [0, 1, 2]}, 3),
+    ],
+)
+def test_the_gpus_of_a_job(launcher: dict[str, object], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert cluster.gpus(launcher) == expected
 
 
 @pytest.mark.parametrize(("visible", "wanted"), [("5,7", {"visible_gpus": [5, 7], "gpus_per_node": 2}), ("GPU-1a", {"gpus_per_node": 0})])

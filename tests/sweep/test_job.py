@@ -157,10 +157,3 @@ def test_a_run_imports_the_submitted_code_and_takes_one_thread(monkeypatch: pyte
     environment = module._environment(CODE)
     assert environment["PYTHONPATH"] == f"/code{os.pathsep}/elsewhere"
     assert environment["OMP_NUM_THREADS"] == "1"
-
-
-@pytest.mark.parametrize(("threads", "at_once"), [("", 8), ("1", 8), ("3", 2), ("4,2", 2), ("16", 1), ("0", 8), ("-1", 8), ("many", 8)])
-def test_runs_of_several_threads_share_the_cpus(monkeypatch: pytest.MonkeyPatch, threads: str, at_once: int) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(module, "cpus", lambda: 8)
-    assert module._at_once() == at_once

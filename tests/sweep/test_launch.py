@@ -8,6 +8,7 @@ import pytest
 
 from src.config import ClusterConfig, ScaleName
 from src.errors import UserError
+from src.sweep import __main__ as sweeping
 from src.sweep import launch
 from src.sweep.folder import Sweep
 from tests.sweep.conftest import ARGUMENTS
@@ -90,6 +91,29 @@ def test_jobs_that_slurm_refuses_are_told_and_leave_no_trace(sweep: Sweep, monke
         with pytest.raises(UserError, match="slurm refuses the jobs"):
             launch.launch(ARGUMENTS)
     assert sweep.submissions() == []
+
+
+def test_what_is_refused_does_not_take_the_place_of_what_can_be_resumed(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = (sweep.path / "plan.json").read_bytes()
+    with pytest.raises(UserError, match="slurm refuses the jobs"):
+        launch.launch([*ARGUMENTS, "hydra.launcher.partition=none"])
+    assert (sweep.path / "plan.json").read_bytes() == before
+
+
+def test_a_resubmission_says_each_thing_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(sweeping, "launch", lambda arguments, expected: told.append(arguments) or 0)
+    sweep.arguments += ["++detach=true", "hydra.launcher.mem_gb=1", "training.lr=1"]
+    assert sweeping.resume(sweep, ["hydra.launcher.mem_gb=2", "tracker=none"]) == 0
+    assert told == [[*ARGUMENTS, "training.lr=1", "hydra.launcher.mem_gb=2", "tracker=none"]]
+
+
+def test_what_is_added_may_not_make_another_sweep(sweep: Sweep) -> None:
+    with pytest.raises(UserError, match=rf"sweep {sweep.name}: its command line, with what was added .* other runs \(sweep \w+\)"):
+        launch.launch([*ARGUMENTS[:1], "seed=7", ARGUMENTS[2]], expected=sweep.name)
 
 
 def test_a_damaged_plan_is_written_anew(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

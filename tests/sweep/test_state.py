@@ -8,7 +8,7 @@ from rich.console import Console
 
 from src.sweep import state
 from src.sweep.folder import Outcome, Submission, Sweep
-from src.sweep.state import in_brief, look, mishaps, report
+from src.sweep.state import in_brief, look, mishaps, report, stuck
 from tests.sweep.test_folder import CODE
 
 JOB = "7_0"
@@ -145,6 +145,13 @@ def test_the_report_counts_by_experiment_and_tells_a_full_disk(sweep: Sweep, mon
     assert "no space left" not in shown
     monkeypatch.setattr(state, "SPACE", 2**80)
     assert f"no space left on the disk of {sweep.path}" in text(sweep)
+
+
+def test_what_waits_for_a_reason_that_may_never_pass_is_told(sweep: Sweep) -> None:
+    submitted(sweep)
+    alive = {JOB: "PENDING (PartitionTimeLimit)", "7_1": "PENDING (PartitionTimeLimit)", "7_2": "PENDING", "7_3": "RUNNING"}
+    assert look(sweep, alive, set())[sweep.runs[0].id] == "waiting"
+    assert stuck(alive) == ["2 jobs PENDING (PartitionTimeLimit), says SLURM"]
 
 
 def test_a_long_list_of_mishaps_is_cut(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
