@@ -141,7 +141,8 @@ def _refuse_other_models(composed: DictConfig, own: DictConfig) -> None:
     groups = [entry["override /model"] for entry in own.get("defaults", []) if "override /model" in entry]
     if not groups:
         return
-    model = OmegaConf.merge(OmegaConf.load(CONF / "model" / f"{groups[0]}.yaml"), own.get("model", {}))
+    file = CONF / "model" / f"{groups[0]}.yaml"
+    model = OmegaConf.merge(_read(file, file.stat().st_mtime_ns), own.get("model", {}))
     expected = OmegaConf.create({"scale": composed.scale, "model": model}).model
     for key in composed.model:
         if key not in own.model_keys and composed.model[key] != expected.get(key):

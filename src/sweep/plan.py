@@ -1,8 +1,10 @@
 """What a sweep is: a command line, and the runs that it stands for, each once."""
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +17,15 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src import run
 from src.config import Config, require
 from src.data.files import data_root, present
 from src.errors import UserError
 from src.results import decisive, hash_of
+
+VALUE = re.compile(r"(?!hydra\.)\w+\.[\w.]+=")  # an argument that sets a key, and chooses no group
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Plan:
 
 
 def plan(arguments: Sequence[str]) -> Plan:
-    """Compose and check every run of a command line; only the seed is not composed anew, for a config takes a tenth of a second.
+    """Compose and check every run of a command line; only the seed is not composed anew, for a config takes some hundredths of a second.
 
     Raises: UserError when a run's config is wrong, or its data are not on this machine.
     """
@@ -64,11 +69,12 @@ def plan(arguments: Sequence[str]) -> Plan:
         assert isinstance(loader, ConfigLoaderImpl)
         loader.repository = ReadOnce(loader.repository)  # type: ignore[assignment]
         asked = [_without_seed(overrides) for overrides in _combinations(arguments)]
+        if not asked:
+            raise UserError("nothing to run: no experiment matches")
+        groups: dict[tuple[str, ...], DictConfig] = {}
         places = {others: place for place, others in enumerate(dict.fromkeys(others for others, _ in asked))}
-        composed = [_compose(others) for others in places]
-    if not composed:
-        raise UserError("nothing to run: no experiment matches")
-    checked, launchers = zip(*composed, strict=True)
+        checked = [_checked(_composed(others, groups)) for others in places]
+        launcher = _launcher(asked[-1][0])
     plain = [decisive(config) for config in checked]
     runs: dict[str, Run] = {}
     for others, seed in asked:
@@ -79,7 +85,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         runs.setdefault(made.id, made)
     for key in ("results_dir", "cluster"):
         require(len({repr(getattr(config, key)) for config in checked}) == 1, f"{key}: the same for all runs of a sweep")
-    return Plan(list(arguments), list(checked), list(runs.values()), launchers[-1])
+    return Plan(list(arguments), checked, list(runs.values()), launcher)
 
 
 class ReadOnce(CachingConfigRepository):
@@ -97,8 +103,11 @@ def _hydra() -> Hydra:
 
 def _combinations(arguments: Sequence[str]) -> list[list[str]]:
     """The overrides of every run, as Hydra's own sweeper multiplies them out."""
-    parsed = OverridesParser.create(config_loader=_hydra().config_loader).parse_overrides(list(arguments))
-    return [run for batch in BasicSweeper.split_arguments(parsed, None) for run in batch]
+    return [run for batch in BasicSweeper.split_arguments(_parser().parse_overrides(list(arguments)), None) for run in batch]
+
+
+def _parser() -> OverridesParser:
+    return OverridesParser.create(config_loader=_hydra().config_loader)
 
 
 def _without_seed(overrides: list[str]) -> tuple[tuple[str, ...], int | None]:
@@ -110,19 +119,41 @@ def _without_seed(overrides: list[str]) -> tuple[tuple[str, ...], int | None]:
     return tuple(override for override in overrides if override != last), int(seed)
 
 
-def _compose(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """The checked config of a run, its paths absolute, and the launcher's options."""
-    whole = compose("config", list(overrides), return_hydra_config=True)
-    # what submitit_folder and name say is for Hydra's own launcher
-    launcher = OmegaConf.create({key: value for key, value in whole.hydra.launcher.items() if key not in ("submitit_folder", "name")})
-    composed: DictConfig = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+def _composed(overrides: Sequence[str], groups: dict[tuple[str, ...], DictConfig]) -> DictConfig:
+    """The config of some overrides: of those that choose groups composed once and kept, the values of keys set in a copy.
+
+    Args:
+        overrides: of one run.
+        groups: what was composed so far; more is added.
+    """
+    values = [override for override in overrides if VALUE.match(override)]
+    chosen = tuple(override for override in overrides if override not in values)
+    if chosen not in groups:
+        groups[chosen] = compose("config", list(chosen))
+    composed = deepcopy(groups[chosen])
+    try:
+        for value in _parser().parse_overrides(values):
+            OmegaConf.update(composed, value.key_or_group, value.value(), merge=True)
+    except OmegaConfBaseException:
+        return compose("config", list(overrides))  # which tells what is wrong
+    return composed
+
+
+def _checked(composed: DictConfig) -> Config:
+    """The checked config of a run, its paths absolute."""
     config = run.check(composed)
     require(config.cluster is not None, "cluster: its file must set cluster.jobs and cluster.at_once")
     require(not config.force, "force=true doesn't go with cluster=: only what is missing is run; move finished runs away")
     require(present(config.data), f"{config.data.name} is not under {data_root(config.data)}; run {fetch_command(config)}")
     data = replace(config.data, root=str(data_root(config.data).absolute()))
-    placed = replace(config, data=data, results_dir=str(Path(config.results_dir).absolute()))
-    return placed, cast(dict[str, Any], OmegaConf.to_container(launcher, resolve=True))
+    return replace(config, data=data, results_dir=str(Path(config.results_dir).absolute()))
+
+
+def _launcher(overrides: Sequence[str]) -> dict[str, Any]:
+    """What hydra.launcher says of a job, but for what is for Hydra's own launcher."""
+    launcher = compose("config", list(overrides), return_hydra_config=True).hydra.launcher
+    told = cast(dict[str, Any], OmegaConf.to_container(launcher, resolve=True))
+    return {key: value for key, value in told.items() if key not in ("submitit_folder", "name")}
 
 
 def fetch_command(config: Config) -> str:

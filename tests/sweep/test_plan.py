@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 
 from src.errors import UserError
 from src.results import run_hash
+from src.sweep import plan as module
 from src.sweep.folder import Sweep
 from src.sweep.plan import plan
 from tests.tiny import Tiny
@@ -50,6 +51,28 @@ def test_configs_that_are_composed_together_are_those_composed_alone() -> None:
         paper = config.grid.paper
         of = [f"experiment={config.claim.name}{f'/{paper}' if paper else ''}", f"data={config.data.name}", f"scale={config.scale.name}"]
         assert plan([*of, f"training.lr={config.training.lr}", "cluster=slurm"]).configs == [config]
+
+
+def test_values_set_in_a_copy_are_those_that_hydra_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = ["experiment=vanishing_products", "data=digits", "scale=quick,smoke", "cluster=slurm"]
+    values = ["training.lr=0.1,1e-3", "training.max_steps=7", "grid.depths=[2,3],[4]", "cluster.at_once=2"]
+    arguments = [*groups, *values]
+    quick = plan(arguments)
+    assert len(quick.configs) == 8
+    monkeypatch.setattr(module, "VALUE", module.re.compile("$^"))  # everything is composed by Hydra
+    assert plan(arguments) == quick
+
+
+@pytest.mark.parametrize("wrong", ["training.none=1", "training.lr.none=1", "training.lr=fast", "grid.none=1"])
+def test_a_wrong_value_is_told_as_hydra_tells_it(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> str:
+        with pytest.raises((HydraException, UserError)) as error:
+            plan(["experiment=vanishing_products", "data=digits", wrong, "cluster=slurm"])
+        return str(error.value)
+
+    quick = told()
+    monkeypatch.setattr(module, "VALUE", module.re.compile("$^"))
+    assert told() == quick
 
 
 def test_what_a_job_is_given_is_the_cluster_file_s(monkeypatch: pytest.MonkeyPatch) -> None:
