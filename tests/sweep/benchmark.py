@@ -26,9 +26,12 @@ def main() -> None:
     register_resolvers()
     with TemporaryDirectory() as folder:
         place = Path(folder)
-        all_claims = ("experiment=glob(*)", "data=digits,mnist", "scale=smoke,quick", "data.mirrors=[]")
-        command = [*all_claims, "seed=range(208)", "cluster=slurm", f"results_dir={place}/none"]
-        tell("plan 10,000 runs of 48 configs", 10, lambda: Sweep.create(plan(command)))
+        into = ("data.mirrors=[]", "cluster=slurm", f"results_dir={place}/none")
+        of_48 = ["experiment=glob(*)", "data=digits,mnist", "scale=smoke,quick", "seed=range(208)", *into]
+        tell("plan 10,000 runs of 48 configs", 10, lambda: Sweep.create(plan(of_48)))
+        rates = "training.lr=0.1,0.03,0.01,0.003,0.001"
+        of_180 = ["experiment=glob(*)", "data=digits,mnist,cifar10", "scale=quick", rates, "seed=range(56)", *into]
+        tell("plan 10,000 runs of 180 configs", 10, lambda: Sweep.create(plan(of_180)))
 
         few = ("-m", *REAL, "seed=range(4)", "cluster=local", f"results_dir={place}/few")
         python("src.run", *few, BACKLOCK_AT_ONCE="1")
