@@ -26,8 +26,6 @@ FILES = ("rows.parquet", "verdicts.json", "provenance.json", "config.yaml")
 STAMP = {"data", "data_requested", "fallback", "train_images", "test_images", "scale", "root_seed", "run", "commit", "dirty"}
 # what the rows of one figure must have in common
 COMMON = {"commit": "commits", "data": "data sets", "scale": "scales"}
-
-
 Stamp = dict[Any, Any]
 Taken = TypeVar("Taken")
 VERDICTS, PROVENANCE = TypeAdapter(list[Verdict]), TypeAdapter(dict[str, Any])
@@ -55,29 +53,35 @@ class Source:
     def stamps(self) -> list[Stamp]:
         """What its rows say of their run: one stamp, but where the rows of several runs were put together.
 
-        Raises: UserError when the file is missing, damaged, not as the run left it, or holds none or those of another experiment or run.
+        Raises: UserError when they are not those that the run left.
         """
-        found = distinct(self.rows, ("experiment", "paper", *sorted(STAMP)))
-        if missing := ({"experiment", *STAMP} if found else set()) - set(found[0] if found else ()):
-            raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
-        if any(stamp[column] is None for stamp in found for column in STAMP):
-            raise UserError(f"{self.rows}: partial, some rows don't say what they are of; {AGAIN}")
-        if {stamp["experiment"] for stamp in found} != {self.experiment}:
-            told = f"not the rows of {self.experiment}" if found else "it holds no rows"
-            raise UserError(f"{self.rows}: {told}; run python -m src.run experiment={self.experiment} with force=true")
-        if self.folder and (foreign := set(map(_place, found)) - {_place_of(self.folder)}):
-            raise UserError(f"{self.rows}: rows of another run, {', '.join(sorted(foreign))}; {AGAIN}")
-        self._refuse_changed(self.rows, FILES[0])
-        return found
+        return self._own(distinct(self.rows, ("experiment", "paper", *sorted(STAMP))))
 
     def read(self) -> pd.DataFrame:
         """Its rows.
 
-        Raises: UserError when they are not those that the run left, as for its stamps.
+        Raises: UserError when they are not those that the run left.
         """
         rows = row_table.read(self.rows)
-        assert self.stamps
+        self._own(stamps_of(rows))
         return rows
+
+    def _own(self, stamps: list[Stamp]) -> list[Stamp]:
+        """The stamps of its rows.
+
+        Raises: UserError when the file is missing, damaged, not as the run left it, or holds none or those of another experiment or run.
+        """
+        if stamps and (missing := {"experiment", *STAMP} - set(stamps[0])):
+            raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
+        if any(pd.isna(stamp[column]) for stamp in stamps for column in STAMP):
+            raise UserError(f"{self.rows}: partial, some rows don't say what they are of; {AGAIN}")
+        if {stamp["experiment"] for stamp in stamps} != {self.experiment}:
+            told = f"not the rows of {self.experiment}" if stamps else "it holds no rows"
+            raise UserError(f"{self.rows}: {told}; run python -m src.run experiment={self.experiment} with force=true")
+        if self.folder and (foreign := set(map(_place, stamps)) - {_place_of(self.folder)}):
+            raise UserError(f"{self.rows}: rows of another run, {', '.join(sorted(foreign))}; {AGAIN}")
+        self._refuse_changed(self.rows, FILES[0])
+        return stamps
 
     def judged(self) -> list[Verdict]:
         """Its verdicts.

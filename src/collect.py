@@ -16,8 +16,6 @@ from src.results import atomically
 from src.rows import DESCRIPTIONS, unreadable
 
 PART = 2**20  # rows that are held at a time
-
-
 TEXT = pa.dictionary(pa.int32(), pa.string())  # as codes of their values texts are read and written in a third less time
 
 
@@ -86,11 +84,8 @@ def _table(file: Path, head: pq.FileMetaData, columns: Sequence[str] | None = No
     texts = [field.name for field in schema if _is_text(field)]
     asked = None if columns is None else [column for column in columns if column in schema.names]
     try:
-        return (
-            pq.ParquetFile(file, metadata=head, read_dictionary=texts, pre_buffer=False)
-            .read(asked, use_threads=False)
-            .replace_schema_metadata()
-        )
+        parquet = pq.ParquetFile(file, metadata=head, read_dictionary=texts, pre_buffer=False)
+        return parquet.read(asked, use_threads=False).replace_schema_metadata()
     except (pa.ArrowInvalid, OSError) as error:
         return unreadable(file, error)
 
