@@ -14,7 +14,7 @@ from src import rows as row_table
 from src.collect import code_of, distinct
 from src.config import Config, register_resolvers
 from src.errors import UserError
-from src.results import decisive, hash_of, read_config, sha256
+from src.results import AGAIN, decisive, hash_of, read_config, read_status, refuse_changed
 from src.run import CONF, check
 from src.verdict import Verdict
 
@@ -29,7 +29,6 @@ COMMON = {"commit": "commits", "data": "data sets", "scale": "scales"}
 Stamp = dict[Any, Any]
 Taken = TypeVar("Taken")
 VERDICTS, PROVENANCE = TypeAdapter(list[Verdict]), TypeAdapter(dict[str, Any])
-AGAIN = "run the experiment again with force=true"
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class Source:
 
         Raises: UserError when the file is missing, damaged, not as the run left it, or holds none or those of another experiment or run.
         """
+        if self.folder and read_status(self.folder) is None:
+            raise UserError(f"{self.folder / 'status.json'}: damaged; {AGAIN}")
         if stamps and (missing := {"experiment", *STAMP} - set(stamps[0])):
             raise UserError(f"{self.rows}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
         if any(pd.isna(stamp[column]) for stamp in stamps for column in STAMP):
@@ -80,7 +81,7 @@ class Source:
             raise UserError(f"{self.rows}: {told}; run python -m src.run experiment={self.experiment} with force=true")
         if self.folder and (foreign := set(map(_place, stamps)) - {_place_of(self.folder)}):
             raise UserError(f"{self.rows}: rows of another run, {', '.join(sorted(foreign))}; {AGAIN}")
-        self._refuse_changed(self.rows, FILES[0])
+        refuse_changed(self.rows, FILES[0], self.provenance)
         return stamps
 
     def judged(self) -> list[Verdict]:
@@ -94,7 +95,7 @@ class Source:
             raise UserError(f"{self.verdicts}: missing or damaged; {AGAIN}") from error
         if {verdict.claim.partition("/")[0] for verdict in verdicts} != {self.experiment}:
             raise UserError(f"{self.verdicts}: not the verdicts of {self.experiment}; {AGAIN}")
-        self._refuse_changed(self.verdicts, FILES[1])
+        refuse_changed(self.verdicts, FILES[1], self.provenance)
         return verdicts
 
     def told(self) -> dict[str, Any]:
@@ -127,14 +128,6 @@ class Source:
     def files(self) -> list[Path]:
         """Those of its files that are there."""
         return [file for file in (self.rows, self.verdicts, self.provenance, self.config) if file and file.exists()]
-
-    def _refuse_changed(self, file: Path, name: str) -> None:
-        """Refuse a file that is not as the run left it, by the sha256 in the provenance."""
-        digests = self.told().get("sha256", {})
-        if not isinstance(digests, dict):
-            raise UserError(f"{self.provenance}: damaged; {AGAIN}")
-        if digests.get(name, left := sha256(file)) != left:
-            raise UserError(f"{file}: not as the run left it, by {self.provenance}; {AGAIN}")
 
 
 @dataclass(frozen=True)

@@ -12,37 +12,43 @@ import pyarrow.parquet as pq
 
 from src.errors import UserError
 from src.processes import cpus
-from src.results import atomically
+from src.results import AGAIN, atomically, refuse_changed
 from src.rows import DESCRIPTIONS, unreadable
 
+ROWS = "rows.parquet"  # of a run folder
 PART = 2**20  # rows that are held at a time
 TEXT = pa.dictionary(pa.int32(), pa.string())  # as codes of their values texts are read and written in a third less time
 
 
-def collect(files: Sequence[Path], into: Path) -> list[str]:
-    """Write the rows of many files into one table; a column that some haven't is empty there.
+def collect(folders: Sequence[Path], into: Path) -> list[str]:
+    """Write the rows of many run folders into one table; a column that some haven't is empty there.
 
-    Returns: a line for each file that is missing or damaged: its rows are left out.
+    Returns: a line for each folder whose rows are missing, damaged, not as the run left them or another run's: they are left out.
 
-    Raises: UserError when no file is left; OSError when the table can't be written.
+    Raises: UserError when no rows are left, or can't be put together; OSError when the table can't be written.
     """
     with ThreadPoolExecutor(cpus()) as pool:
-        heads = dict(zip(files, pool.map(_head, files), strict=True))
+        heads = dict(zip(folders, pool.map(_head_as_left, folders), strict=True))
         complaints = [str(head) for head in heads.values() if isinstance(head, UserError)]
-        whole = {file: head for file, head in heads.items() if not isinstance(head, UserError)}
+        whole = {folder: head for folder, head in heads.items() if not isinstance(head, UserError)}
         if not whole:
             raise UserError(complaints[0])
-        schema = _common([head.schema.to_arrow_schema() for head in whole.values()])
+        try:
+            schema = _common([head.schema.to_arrow_schema() for head in whole.values()])
+        except pa.ArrowException as error:
+            raise UserError(f"{into}: the runs' rows can't be one table ({str(error).splitlines()[0]})") from error
 
         def write(path: Path) -> None:
             # who reads it gets texts, however they were held here
             with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False, store_schema=False) as writer:
                 writer.add_key_value_metadata(schema.metadata)
                 for part in _parts(whole):
-                    read = list(pool.map(_table, part, map(whole.__getitem__, part)))
+                    read = list(pool.map(_own, part, map(whole.__getitem__, part)))
                     complaints.extend(str(table) for table in read if isinstance(table, UserError))
                     tables = [table for table in read if isinstance(table, pa.Table)]
                     writer.write_table(pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive").unify_dictionaries())
+            if len(complaints) == len(folders):
+                raise UserError(complaints[0])
 
         atomically(into, write)
     return complaints
@@ -74,8 +80,32 @@ def _head(file: Path) -> pq.FileMetaData | UserError:
     """What a file says of itself."""
     try:
         return pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         return unreadable(file, error)
+
+
+def _head_as_left(folder: Path) -> pq.FileMetaData | UserError:
+    """What the rows of a run folder say of themselves, where they are as the run left them."""
+    file = folder / ROWS
+    head = _head(file)
+    if not isinstance(head, UserError):
+        try:
+            refuse_changed(file, ROWS, folder / "provenance.json")
+        except UserError as error:
+            return error
+    return head
+
+
+def _own(folder: Path, head: pq.FileMetaData) -> pa.Table | UserError:
+    """The rows of a run folder, where they are the run's own."""
+    table = _table(folder / ROWS, head)
+    if isinstance(table, UserError):
+        return table
+    if missing := {"root_seed", "run", "commit", "dirty"} - set(table.column_names):
+        return UserError(f"{folder / ROWS}: partial, it lacks the columns {', '.join(sorted(missing))}; {AGAIN}")
+    seeds, runs = (table[column].unique().to_pylist() for column in ("root_seed", "run"))
+    found = {f"seed{seed}-{run}" for seed in seeds for run in runs}
+    return table if found == {folder.name} else UserError(f"{folder / ROWS}: rows of {', '.join(sorted(found)) or 'no run'}; {AGAIN}")
 
 
 def _table(file: Path, head: pq.FileMetaData, columns: Sequence[str] | None = None) -> pa.Table | UserError:
@@ -86,7 +116,7 @@ def _table(file: Path, head: pq.FileMetaData, columns: Sequence[str] | None = No
     try:
         parquet = pq.ParquetFile(file, metadata=head, read_dictionary=texts, pre_buffer=False)
         return parquet.read(asked, use_threads=False).replace_schema_metadata()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         return unreadable(file, error)
 
 

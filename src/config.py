@@ -280,11 +280,15 @@ def _at_scale(by_scale: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     return by_scale[scale]
 
 
+def _times(each: Any, at_once: int | None) -> Any:
+    """Resolve `${times:EACH,AT_ONCE}` to what a job is given for its runs at once; what is no number, or not said, stays so."""
+    return each * (at_once or 1) if isinstance(each, int | float) else each
+
+
 def register_resolvers() -> None:
     """Make `at_scale` and `times` known to OmegaConf."""
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
-    # what a job is given for each of its runs at once; as many as there is room for need no more
-    OmegaConf.register_new_resolver("times", lambda each, at_once: each * (at_once or 1), replace=True)
+    OmegaConf.register_new_resolver("times", _times, replace=True)
 
 
 def to_config(composed: DictConfig) -> Config:

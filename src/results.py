@@ -26,6 +26,7 @@ from src.config import Config
 from src.errors import UserError
 
 CONFIG = TypeAdapter(Config)
+AGAIN = "move its folder away, or run the experiment again with force=true"
 # what decides where and how a run is made, but none of its numbers
 INDECISIVE = ("results_dir", "force", "device", "tracker", "claim", "model_keys", "cluster", "detach", "snapshot")
 
@@ -242,6 +243,19 @@ def read_status(folder: Path) -> str | None:
         return str(json.loads((folder / "status.json").read_bytes())["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def refuse_changed(file: Path, name: str, provenance: Path) -> None:
+    """Refuse a file of a run, by name, that is not as the run left it: by the sha256 in its provenance.
+
+    Raises: UserError when it is not, or either can't be read.
+    """
+    try:
+        left = json.loads(provenance.read_bytes()).get("sha256", {}).get(name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{provenance}: missing or damaged; {AGAIN}") from error
+    if left is not None and left != sha256(file):
+        raise UserError(f"{file}: not as the run left it, by {provenance}; {AGAIN}")
 
 
 def sha256(path: Path) -> str:

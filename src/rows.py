@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.errors import UserError
-from src.results import read_status
+from src.results import AGAIN, read_status
 
 Row = dict[str, Any]
 DESCRIPTIONS = b"quantities"
@@ -49,7 +49,7 @@ def read(path: Path) -> pd.DataFrame:
     """
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise unreadable(path, error) from error
     missing = {"quantity", "value", "experiment", "data", "scale", "run"} - set(table.column_names)
     if missing:
@@ -58,7 +58,7 @@ def read(path: Path) -> pd.DataFrame:
     try:
         rows.attrs["quantities"] = json.loads((table.schema.metadata or {}).get(DESCRIPTIONS, b"{}"))
     except ValueError as error:
-        raise UserError(f"{path}: damaged, its quantities are not described; run the experiment again with force=true") from error
+        raise UserError(f"{path}: damaged, its quantities are not described; {AGAIN}") from error
     return rows
 
 
@@ -66,19 +66,13 @@ def unreadable(path: Path, error: Exception) -> UserError:
     """What is told of a file that can't be read."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: not there")
-    return UserError(f"{path}: damaged ({str(error).splitlines()[0]}); move its folder away, or run the experiment again with force=true")
+    return UserError(f"{path}: damaged ({(str(error).splitlines() or [type(error).__name__])[0]}); {AGAIN}")
 
 
 def finished_runs(results_dir: Path, experiment: str) -> list[Path]:
-    """The folders of an experiment's finished runs, oldest first.
-
-    Raises: UserError naming a status that is damaged.
-    """
+    """The folders of an experiment's finished runs, and of those of which none can tell whether they are, oldest first."""
     files = sorted(results_dir.glob(f"{experiment}/*/*/seed*/status.json"), key=lambda status: status.stat().st_mtime_ns)
-    statuses = {file: read_status(file.parent) for file in files}
-    if damaged := [file for file, status in statuses.items() if status is None]:
-        raise UserError(f"{damaged[0]}: damaged; move its folder away, or run the experiment again with force=true")
-    return [file.parent for file, status in statuses.items() if status == "done"]
+    return [file.parent for file in files if read_status(file.parent) in ("done", None)]
 
 
 def pick(rows: pd.DataFrame, quantity: str, **coordinates: object) -> pd.DataFrame:

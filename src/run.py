@@ -30,6 +30,8 @@ from src.data.catalogue import CATALOGUE
 from src.errors import UserError
 from src.results import RunError
 
+# what is raised where a command line is wrong, or a place can't be written
+WRONG = (UserError, HydraException, OmegaConfBaseException, OSError, ValueError)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -54,6 +56,8 @@ def main() -> int:
         if _on_a_cluster(asked):
             from src.sweep.launch import launch
 
+            if asked.config_dir or asked.config_path or asked.config_name:
+                raise UserError("cluster=: goes with conf/ alone, not with --config-dir, --config-path or --config-name")
             return launch(asked.overrides)
         task()
         if not codes and not (asked.cfg or asked.info):
@@ -61,7 +65,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+    except WRONG as error:
         return complain(explain(error), 2)
     return max(codes, default=0)
 

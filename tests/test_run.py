@@ -10,7 +10,7 @@ import pytest
 
 from src.errors import UserError
 from src.experiment import Context
-from src.run import CONF
+from src.run import CONF, main
 from src.trainings import Trainee, train_all
 from tests import tiny as module
 from tests.conftest import ROOT, CommandLine
@@ -283,3 +283,9 @@ def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(start: 
 def test_what_speaks_of_jobs_needs_a_cluster(start: CommandLine, tiny: Tiny, key: str) -> None:
     answer = start(f"{key}=true")
     assert (answer.code, answer.error) == (2, f"{key}=true speaks of jobs; add cluster=local or cluster=slurm")
+
+
+def test_a_sweep_has_the_configuration_of_its_jobs_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "-m", "--config-dir=elsewhere", "experiment=chain_rule", "cluster=slurm"])
+    assert main() == 2
+    assert capsys.readouterr().err == "error: cluster=: goes with conf/ alone, not with --config-dir, --config-path or --config-name\n"

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 from src.config import register_resolvers
 from src.errors import UserError
-from src.run import complain, explain
+from src.run import WRONG, complain, explain
 from src.sweep import cluster
 from src.sweep.folder import Sweep, find
 from src.sweep.launch import launch, tell
-from src.sweep.state import look
+from src.sweep.state import counted, look
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,13 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except OSError as error:
+        return complain(f"{error.filename or options.command}: {error.strerror}", 2)
+    except WRONG as error:
         return complain(explain(error), 2)
 
 
 def status(sweep: Sweep, _: list[str]) -> int:
     """Print how the runs stand; return 1 if one is failed, lost or missing."""
-    return tell(sweep, look(sweep, cluster.alive(sweep), set()))
+    done: set[str] = set()
+    states = look(sweep, {}, done)
+    if len(done) < len(states):  # of finished ones no cluster need tell
+        states = look(sweep, cluster.alive(sweep), done)
+    return tell(sweep, states)
 
 
 def resume(sweep: Sweep, overrides: list[str]) -> int:
@@ -55,16 +61,18 @@ def resume(sweep: Sweep, overrides: list[str]) -> int:
     os.chdir(sweep.cwd)
     for name, value in sweep.environment.items():
         os.environ.setdefault(name, value)
-    said = {_key(override) for override in overrides} | {"detach"}
-    return launch([*(override for override in sweep.arguments if _key(override) not in said), *overrides], expected=sweep.name)
+    kept = [override for override in sweep.arguments if not _replaced(override, {*map(_key, overrides), "detach"})]
+    return launch([*kept, *overrides], expected=sweep)
 
 
 def cancel(sweep: Sweep, _: list[str]) -> int:
     """End the sweep's jobs; return 1 if some may run on another machine, where that has to be done."""
     jobs = len(cluster.alive(sweep))
     cluster.cancel(sweep)
-    told = f"{jobs} {'job' if jobs == 1 else 'jobs'} cancelled" if jobs else "it has no jobs here"
-    print(f"sweep {sweep.name}: {told}; python -m src.sweep resume {sweep.called} goes on with it")
+    print(f"sweep {sweep.name}: {counted(jobs, 'job')} cancelled")
+    if all(map(sweep.done, sweep.runs)):
+        return 0
+    print(f"python -m src.sweep resume {sweep.called} goes on with it")
     if hosts := cluster.elsewhere(sweep):
         print(f"it has had jobs on {', '.join(hosts)}: if they go on, python -m src.sweep cancel {sweep.called} there")
     return int(bool(hosts))
@@ -78,7 +86,7 @@ def collect(sweep: Sweep, _: list[str]) -> int:
     if not finished:
         raise UserError(f"sweep {sweep.name}: no run is finished; python -m src.sweep status {sweep.called}")
     file = sweep.path / "rows.parquet"
-    unreadable = rows.collect([sweep.folder(run) / "rows.parquet" for run in finished], file)
+    unreadable = rows.collect([sweep.folder(run) for run in finished], file)
     print(f"{len(finished) - len(unreadable)} of {len(sweep.runs)} runs: {file}")
     for complaint in unreadable:
         print(f"left out: {complaint}")
@@ -90,8 +98,14 @@ def collect(sweep: Sweep, _: list[str]) -> int:
 
 
 def _key(override: str) -> str:
-    """What an argument sets."""
-    return override.partition("=")[0].lstrip("+~")
+    """What an argument sets, with the sign of how."""
+    return override.partition("=")[0]
+
+
+def _replaced(override: str, keys: set[str]) -> bool:
+    """Whether an earlier argument gives way to later ones of some keys: where they set the same, or what it sets is another cluster's."""
+    key = _key(override)
+    return key in keys or key.lstrip("+") == "detach" or ("cluster" in keys and key.lstrip("+~").startswith("hydra.launcher."))
 
 
 COMMANDS: dict[str, Callable[[Sweep, list[str]], int]] = {"status": status, "resume": resume, "cancel": cancel, "collect": collect}

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from src.sweep.job import Job
 PAUSE = 0.1  # seconds between two looks at a job that is being ended
 ENDING = 30.0  # seconds that a job may take to end its runs; one that is still being imported has to learn of it first
 PATIENCE = 60.0  # seconds that a command of SLURM may take
-PASSING = {"None", "Priority", "Resources", "JobArrayTaskLimit"}  # why jobs wait that will run
+PASSING = {"None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime"}  # why jobs wait for their turn
 Kind = Literal["local", "slurm"]
 KINDS: dict[str, Kind] = {"LocalLauncher": "local", "SlurmLauncher": "slurm"}
 # of hydra.launcher, what submitit's executors take when they are made
@@ -82,20 +83,20 @@ def submit(sweep: Sweep, jobs: Sequence[Job], launcher: dict[str, Any]) -> dict[
         executor.update_parameters(name=job_name(sweep), **{key if key in BASE else f"{kind}_{key}": options[key] for key in options})
         with _left_alone() if kind == "local" else nullcontext(), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
-    except (RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
         raise UserError(f"{kind} refuses the jobs: {error}") from error
     return {entry.job_id: job.runs for entry, job in zip(submitted, jobs, strict=True)}
 
 
 def alive(sweep: Sweep) -> dict[str, str]:
-    """The sweep's jobs that wait or run, by id, which of both, and why where SLURM has a reason that doesn't pass by itself.
+    """The sweep's jobs that wait or run, by id, which of both, and why they wait where SLURM has another reason than their turn.
 
     Raises: UserError when SLURM doesn't answer.
     """
     submissions = sweep.submissions()
     found: dict[str, str] = {}
     if any(submission.kind == "slurm" for submission in submissions):
-        for line in _ask("squeue", *_ours(sweep), "--noheader", "--array", "--format=%i|%T|%r").splitlines():
+        for line in _ask("squeue", *_named(sweep), "--noheader", "--array", "--format=%i|%T|%r").splitlines():
             job, state, reason = line.split("|", 2)
             found[job] = state if reason in PASSING else f"{state} ({reason})"
     if any(submission.kind == "local" for submission in submissions):
@@ -110,7 +111,7 @@ def histories(sweep: Sweep) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with suppress(UserError):
         since = ("--duplicates", "--allocations", "--starttime=now-30days")
-        for line in _ask("sacct", *_ours(sweep), *since, "--noheader", "--parsable2", "--format=JobID,State").splitlines():
+        for line in _ask("sacct", "--allusers", *_named(sweep), *since, "--noheader", "--parsable2", "--format=JobID,State").splitlines():
             jobs, _, state = line.partition("|")
             for job in _elements(jobs):
                 found.setdefault(job, []).append(state)
@@ -127,8 +128,9 @@ def _elements(jobs: str) -> list[str]:
 
 
 def elsewhere(sweep: Sweep) -> list[str]:
-    """The other machines that local jobs of a sweep were started on: from here they are neither seen nor ended."""
-    hosts = {submission.host for submission in sweep.submissions() if submission.kind == "local"}
+    """The other machines on which local jobs of a sweep may go on: from here they are neither seen nor ended."""
+    local = (submission for submission in sweep.submissions() if submission.kind == "local")
+    hosts = {submission.host for submission in local if not all(sweep.done(sweep.by_id[run]) for run in chain(*submission.jobs.values()))}
     return sorted(hosts - {socket.gethostname()})
 
 
@@ -136,7 +138,7 @@ def cancel(sweep: Sweep) -> None:
     """End all jobs of a sweep, and wait until this machine's are gone."""
     submissions = sweep.submissions()
     if any(submission.kind == "slurm" for submission in submissions):
-        _ask("scancel", *_ours(sweep))
+        _ask("scancel", f"--user={os.getuid()}", *_named(sweep))
     if any(submission.kind == "local" for submission in submissions):
         # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
         _kill(_processes("submitit.local._local", sweep))
@@ -146,8 +148,8 @@ def cancel(sweep: Sweep) -> None:
         _kill(left)
 
 
-def _ours(sweep: Sweep) -> tuple[str, str]:
-    return f"--user={os.getuid()}", f"--name={job_name(sweep)}"
+def _named(sweep: Sweep) -> tuple[str]:
+    return (f"--name={job_name(sweep)}",)
 
 
 @contextmanager

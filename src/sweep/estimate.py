@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from src.code import ROOT
 from src.sweep.folder import Sweep
@@ -23,8 +22,8 @@ def estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
         missing: the runs to do.
         gpus: that each has.
     """
-    kinds = Counter(sweep.folder(run).parent for run in missing)
-    timed = {kind: times for kind in kinds if (times := _sampled(kind))}
+    kinds = Counter((sweep.folder(run).parent, sweep.configs[run.config].grid.paper) for run in missing)
+    timed = {kind: times for kind in kinds if (times := list(_sampled(*kind)))}
     hours = sum(kinds[kind] * sum(seconds for seconds, _ in times) / len(times) for kind, times in timed.items()) / 3600
     told = [f"{len(missing)} to do"]
     if timed:
@@ -37,23 +36,35 @@ def estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
     return ", ".join(told)
 
 
-def _sampled(kind: Path) -> list[tuple[float, str]]:
-    """Seconds and device of a few finished runs of a kind that did all their work at once; else of the committed one."""
-    found: list[tuple[float, str]] = []
-    for file in kind.glob("seed*/provenance.json"):
-        with suppress(OSError, ValueError, KeyError):
-            told = json.loads(file.read_bytes())
-            found += [] if told.get("resumed") else [(float(told["wall_time_s"]), told["device"])]
-        if len(found) == SAMPLED:
-            break
-    return found or [(told["wall_time_s"], told["device"]) for told in _committed(*kind.parts[-3:])]
+def _sampled(kind: Path, paper: str | None) -> Iterator[tuple[float, str]]:
+    """Seconds and device of a few finished runs of a kind that did all their work at once; else of the committed one.
+
+    The runs of all papers lie together, and differ in length: of these the committed ones are gone by.
+    """
+    found = 0
+    for file in kind.glob("seed*/provenance.json") if paper is None else ():
+        if (told := _timing(file)) and found < SAMPLED:
+            found += 1
+            yield told
+    if not found:
+        experiment, data, scale = kind.parts[-3:]
+        for file in COMMITTED.glob(f"**/{f'{paper}-*' if paper else experiment}.parquet"):
+            if (told := _timing(file.with_suffix(".provenance.json"))) and (data, scale) == _measured(file):
+                yield told
 
 
-def _committed(experiment: str, data: str, scale: str) -> Iterator[dict[str, Any]]:
-    """The provenance of the committed rows of an experiment on a data set at a scale."""
+def _timing(provenance: Path) -> tuple[float, str] | None:
+    """Seconds and device of a run; None where it was interrupted, or its provenance is damaged: an estimate can do without."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(provenance.read_bytes())
+        if not told.get("resumed") and (seconds := float(told["wall_time_s"])) >= 0:
+            return seconds, str(told["device"])
+    return None
+
+
+def _measured(rows: Path) -> tuple[str, str]:
+    """The data set that was asked for, and the scale, of committed rows."""
     from src.collect import distinct
 
-    for file in COMMITTED.glob(f"**/{experiment}.parquet"):
-        told = json.loads(file.with_suffix(".provenance.json").read_bytes())
-        if told["data_requested"] == data and distinct(file, ("scale",)) == [{"scale": scale}]:
-            yield told
+    (told,) = distinct(rows, ("data_requested", "scale"))
+    return told["data_requested"], told["scale"]

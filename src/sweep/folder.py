@@ -68,15 +68,18 @@ class Sweep:
         Raises: UserError when there is none, or it is damaged.
         """
         self.path = path.absolute()
+        file = self.path / "plan.json"
         try:
-            told = json.loads((self.path / "plan.json").read_bytes())
-            self.arguments: list[str] = told["arguments"]
-            self.cwd: str = told["cwd"]
-            self._configs: list[dict[str, Any]] = told["configs"]
-            self.environment: dict[str, str] = told.get("environment", {})
-            self.runs = [Run(*entry) for entry in told["runs"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = json.loads(file.read_bytes())
+            self.arguments: list[str] = list(told["arguments"])
+            self.cwd = str(told["cwd"])
+            self._configs: list[dict[str, Any]] = list(told["configs"])
+            self.environment: dict[str, str] = dict(told["environment"])
+            self.runs = [Run(*entry) for entry in told["runs"] if self._configs[entry[1]]]
+        except OSError as error:
             raise UserError(f"{path}: no sweep is there; give its name, or with another results_dir its folder under .sweep") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{file}: damaged; submit the sweep's command line anew, which finds its jobs and runs") from error
 
     @classmethod
     def create(cls, plan: Plan) -> "Sweep":
@@ -99,13 +102,18 @@ class Sweep:
             raise UserError(f"{path}: can't be written ({error.strerror}); choose another results_dir") from error
         return cls(path)
 
+    @staticmethod
+    def path_of(plan: Plan) -> Path:
+        """Where the folder of a sweep lies."""
+        return Path(plan.configs[0].results_dir) / ".sweep" / plan.name
+
     @classmethod
     def place(cls, plan: Plan) -> Path:
         """The folder of a sweep, made where there is none.
 
         Raises: UserError when it can't be.
         """
-        path = Path(plan.configs[0].results_dir) / ".sweep" / plan.name
+        path = cls.path_of(plan)
         try:
             for part in ("attempts", "submissions", "logs", "code"):
                 (path / part).mkdir(parents=True, exist_ok=True)
@@ -165,7 +173,7 @@ class Sweep:
         found: dict[str, list[Attempt]] = {}
         for entry in os.scandir(self.path / "attempts"):
             # the name of a temporary file begins with a dot
-            if len(parts := entry.name.split(".")) == 4 and parts[0]:
+            if len(parts := entry.name.split(".")) == 4 and parts[0] and parts[2].isdecimal():
                 run, job, restart, outcome = parts
                 found.setdefault(run, []).append(Attempt(run, job, int(restart), cast(Outcome, outcome), Path(entry.path)))
         order = {job: place for place, job in enumerate(job for submission in self.submissions() for job in submission.jobs)}
@@ -200,7 +208,9 @@ class Sweep:
             config = from_plain(plain)
         except ValueError as error:
             raise UserError(f"{self.path}: planned by other code, which had other keys; submit its command line anew") from error
-        return replace(config, tracker=replace(config.tracker, group=config.tracker.group or self.name))
+        # the runs lie beside the sweep, wherever both were moved
+        own = str(self.path.parent.parent)
+        return replace(config, results_dir=own, tracker=replace(config.tracker, group=config.tracker.group or self.name))
 
 
 def called(path: Path) -> str:

@@ -26,7 +26,7 @@ from src.sweep import cluster
 from src.sweep.estimate import estimate
 from src.sweep.folder import Submission, Sweep, called
 from src.sweep.plan import Plan, Run, plan
-from src.sweep.state import State, in_brief, look, report, stuck
+from src.sweep.state import State, counted, in_brief, look, report, stuck
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 20.0  # seconds between two looks: a twentieth of the time since the start, within these
 AGREED = 5.0  # seconds over which jobs must be gone: SLURM forgets one for a moment while it takes it from a dead node
@@ -65,21 +65,21 @@ def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 @_interruptible()
-def launch(arguments: Sequence[str], expected: str | None = None) -> int:
+def launch(arguments: Sequence[str], expected: Sweep | None = None) -> int:
     """Make the runs of a command line that are missing, as jobs; return 0 when all are finished, 1 when one is not.
 
     Args:
         arguments: the command line.
-        expected: the name that the sweep must have, where it is an old one.
+        expected: the sweep that it must be, where it is an old one.
 
     Raises: UserError when the command line is wrong or the jobs are refused; KeyboardInterrupt when interrupted.
     """
     planned = plan(arguments)
-    if planned.name != (expected or planned.name):
-        told = "its command line, with what was added and conf/ as it is, stands for other runs"
-        raise UserError(f"sweep {expected}: {told} (sweep {planned.name}); start them with python -m src.run -m")
+    if expected is not None:
+        _require_same(planned, expected)
     kind = cluster.kind_of(planned.launcher)
     first = planned.configs[0]
+    assert first.cluster is not None
     with _alone(Sweep.place(planned)) as path:
         earlier = (path / "plan.json").read_bytes() if (sweep := _opened(path)) else None
         sweep = sweep or Sweep.create(planned)
@@ -89,29 +89,54 @@ def launch(arguments: Sequence[str], expected: str | None = None) -> int:
             sweep = Sweep.create(planned)
         states = look(sweep, alive, done)
         missing = [run for run in sweep.runs if states[run.id] in ("missing", "failed", "lost")]
-        assert first.cluster is not None
         gpus = cluster.gpus(planned.launcher) / (first.cluster.at_once or at_once())
         print(f"sweep {sweep.name}: {in_brief(states)}; {estimate(sweep, missing, gpus)}", flush=True)
         try:
             if missing:
-                try:
-                    _submit(sweep, planned, missing, kind)
-                except UserError:
-                    if earlier:  # with which it can be resumed: what is refused is not kept
-                        write_atomically(path / "plan.json", earlier)
-                    raise
+                _submit(sweep, planned, missing, kind)
             elif alive and not first.detach:
                 print("nothing to submit; Ctrl-C cancels the jobs that go on", flush=True)
-            if first.detach:
+        except Exception:
+            if earlier:  # by which it can be resumed: what is refused is not kept
+                write_atomically(path / "plan.json", earlier)
+            if not alive:  # of those that were there none is ended
+                _cancel(sweep)
+            raise
+        except KeyboardInterrupt:
+            _cancel(sweep)
+            raise
+        if first.detach:
+            if missing or alive:
                 print(f"the jobs go on; python -m src.sweep status|resume|cancel {sweep.called}")
-                return 0
+            return 0
+        try:
             states = watch(sweep, done)
         except BaseException:
-            if not first.detach:
-                with _deaf():
-                    cluster.cancel(sweep)
+            _cancel(sweep)
             raise
     return tell(sweep, states)
+
+
+def _require_same(planned: Plan, expected: Sweep) -> None:
+    """Raise UserError where a plan is not that of a sweep that is there."""
+    if planned.name != expected.name:
+        told = "its command line, with what was added and conf/ as it is, stands for other runs"
+        raise UserError(f"sweep {expected.name}: {told} (sweep {planned.name}); start them with python -m src.run -m")
+    if (path := Sweep.path_of(planned)).resolve() != expected.path.resolve():
+        own = expected.path.parent.parent
+        raise UserError(f"sweep {expected.name}: lies in {expected.path}, and its command line means {path}; add 'results_dir=\"{own}\"'")
+
+
+def _cancel(sweep: Sweep) -> None:
+    """End all jobs of a sweep, whatever signals come meanwhile.
+
+    Raises: UserError when SLURM doesn't answer.
+    """
+    try:
+        with _deaf():
+            cluster.cancel(sweep)
+    except UserError as error:
+        raise UserError(f"{error}; jobs may go on: python -m src.sweep cancel {sweep.called}") from error
 
 
 def tell(sweep: Sweep, states: dict[str, State]) -> int:
@@ -170,7 +195,7 @@ def _submit(sweep: Sweep, planned: Plan, missing: Sequence[Run], kind: cluster.K
         raise
     sweep.submitted(Submission(kind, submitted, recorded))
     told = "" if first.detach else "; Ctrl-C cancels"
-    print(f"{len(missing)} runs submitted in {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}{told}", flush=True)
+    print(f"{counted(len(missing), 'run')} submitted in {counted(len(jobs), 'job')}{told}", flush=True)
 
 
 def _shares(shared: ClusterConfig, scales: Mapping[str, ScaleName]) -> list[list[str]]:

@@ -95,9 +95,14 @@ def report(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], 
 
 
 def stuck(alive: Mapping[str, str]) -> list[str]:
-    """How many jobs SLURM lets wait for a reason that may never pass, a line for each reason."""
+    """How many jobs SLURM lets wait for more than their turn, a line for each reason."""
     reasons = Counter(told for told in alive.values() if told.startswith("PENDING ("))
-    return [f"{count} {'job' if count == 1 else 'jobs'} {told}, says SLURM" for told, count in sorted(reasons.items())]
+    return [f"{counted(count, 'job')} {told}, says SLURM" for told, count in sorted(reasons.items())]
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things."""
+    return f"{count} {what if count == 1 else f'{what}s'}"
 
 
 def mishaps(sweep: Sweep, states: Mapping[str, State], alive: Mapping[str, str], histories: Mapping[str, list[str]]) -> list[str]:

@@ -56,6 +56,10 @@ def test_verdicts_are_counted_over_all_runs(tmp_path: Path) -> None:
     files[1].write_text("{")
     damaged = seeds.product(Shelf(tmp_path / "results", tmp_path / "nowhere"), mixed=False)
     assert (len(damaged.sources), len(damaged.complaints)) == (2, 1)
+    files[0].with_name("status.json").write_text("")
+    damaged = seeds.product(Shelf(tmp_path / "results", tmp_path / "nowhere"), mixed=False)
+    assert (len(damaged.sources), len(damaged.complaints)) == (1, 2)
+    assert any("status.json: damaged" in complaint for complaint in damaged.complaints)
 
 
 def test_the_zoo_has_a_line_an_architecture_and_tells_readings_as_they_are() -> None:

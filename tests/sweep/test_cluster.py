@@ -4,7 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,8 +40,10 @@ def submitted(sweep: Sweep) -> Sweep:
 
 
 def test_jobs_alive_are_those_in_the_queue(submitted: Sweep, answers: Path) -> None:
-    (answers / "squeue.txt").write_text("7_0|RUNNING|None\n7_1|PENDING|Resources\n7_2|PENDING|PartitionTimeLimit\n")
-    assert cluster.alive(submitted) == {"7_0": "RUNNING", "7_1": "PENDING", "7_2": "PENDING (PartitionTimeLimit)"}
+    waiting = "".join(f"8_{place}|PENDING|{reason}\n" for place, reason in enumerate(sorted(cluster.PASSING)))
+    turns = {f"8_{place}": "PENDING" for place in range(5)}
+    (answers / "squeue.txt").write_text("7_0|RUNNING|None\n7_1|PENDING|Resources\n7_2|PENDING|PartitionTimeLimit\n" + waiting)
+    assert cluster.alive(submitted) == {"7_0": "RUNNING", "7_1": "PENDING", "7_2": "PENDING (PartitionTimeLimit)"} | turns
     assert f"--name={cluster.job_name(submitted)} " in (answers / "called").read_text()
 
 
@@ -89,19 +91,25 @@ def test_a_process_that_is_no_controller_of_the_sweep_is_left_alone(sweep: Sweep
     cluster.cancel(sweep)
 
 
-def test_what_runs_on_another_machine_is_told(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep.submitted(Submission("local", {"1": []}, CODE))
-    assert (sweeping.cancel(sweep, []), cluster.elsewhere(sweep)) == (0, [])
-    assert "it has no jobs here" in capsys.readouterr().out
-    sweep.submitted(Submission("slurm", {}, CODE, "a-login-node"))
-    sweep.submitted(Submission("local", {"1": []}, CODE, "another-node"))
+def test_what_may_run_on_another_machine_is_told(
+    sweep: Sweep, finish: Callable[[int], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.submitted(Submission("local", {"1": [sweep.runs[1].id]}, CODE))
+    sweep.submitted(Submission("local", {"1": [sweep.runs[0].id]}, CODE, "another-node"))
     assert cluster.elsewhere(sweep) == ["another-node"]
-
-
-def test_a_cancelled_sweep_says_what_it_can_not_reach(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep.submitted(Submission("local", {"1": []}, CODE, "another-node"))
     assert sweeping.cancel(sweep, []) == 1
-    assert f"jobs on another-node: if they go on, python -m src.sweep cancel {sweep.called} there" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "0 jobs cancelled" in told
+    assert f"jobs on another-node: if they go on, python -m src.sweep cancel {sweep.called} there" in told
+    assert sweeping.status(sweep, []) == 1
+    assert "it has had jobs on another-node, which are not seen from here" in capsys.readouterr().out
+    for seed in range(3):
+        finish(seed)
+    assert cluster.elsewhere(sweep) == []
+    assert sweeping.cancel(sweep, []) == 0
+    sweep.submitted(Submission("slurm", {"2": [sweep.runs[0].id]}, CODE))
+    monkeypatch.setenv("PATH", "")  # where no SLURM is, and none need be asked
+    assert sweeping.status(sweep, []) == 0
 
 
 def test_only_submitit_s_launchers_make_jobs() -> None:

@@ -30,6 +30,24 @@ def test_finished_runs_of_a_kind_tell_how_long_others_take(sweep: Sweep) -> None
     assert estimate(sweep, sweep.runs[:2], 0.25) == "2 to do, about 3 hours of work and 0.75 GPU-hours, as timed on a CPU, a GPU"
 
 
+@pytest.mark.parametrize("damaged", ["[]", "{", '{"wall_time_s": null}', '{"wall_time_s": "NaN", "device": "x"}'])
+def test_a_damaged_provenance_does_not_stop_a_sweep(sweep: Sweep, damaged: str) -> None:
+    timed(sweep, 0, 3600.0, "a CPU")
+    timed(sweep, 1, 3600.0, "a CPU")
+    (sweep.folder(sweep.runs[0]).with_name("seed0-other") / "provenance.json").write_text(damaged)
+    assert estimate(sweep, sweep.runs, 0.0) == "3 to do, about 3 hours of work, as timed on a CPU"
+
+
+def test_papers_are_told_apart(planned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.sweep.plan.present", lambda _: True)
+    experiments = "experiment=reproduction/he2016,reproduction/lee2015"
+    sweep = Sweep.create(plan([experiments, "data=cifar10", "scale=quick", "cluster=slurm"]))
+    timed(sweep, 9, 36000.0, "a CPU")
+    kept = [module.COMMITTED / f"reproduction/{paper}-cifar10.provenance.json" for paper in ("he2016", "lee2015")]
+    hours = sum(json.loads(file.read_bytes())["wall_time_s"] for file in kept) / 3600
+    assert estimate(sweep, sweep.runs, 0.0).startswith(f"2 to do, about {hours:.2g} hours of work, as timed on")
+
+
 def test_of_what_was_never_run_here_the_committed_rows_tell(planned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.sweep.plan.present", lambda _: True)
 

@@ -28,9 +28,11 @@ def test_it_is_found_by_its_name_or_its_folder(sweep: Sweep) -> None:
 def test_where_none_is_the_user_is_told(sweep: Sweep) -> None:
     with pytest.raises(UserError, match="no sweep is there"):
         find("nosuch")
-    for damage in ("", "{}", "[1]"):
+    told = json.loads((sweep.path / "plan.json").read_text())
+    beyond = {**told, "runs": [["0", 1, 0]]}
+    for damage in ("", "{}", "[1]", json.dumps({**told, "environment": None}), json.dumps(beyond)):
         (sweep.path / "plan.json").write_text(damage)
-        with pytest.raises(UserError, match="no sweep is there"):
+        with pytest.raises(UserError, match=r"plan\.json: damaged; submit the sweep's command line anew"):
             find(sweep.name)
 
 

@@ -1,5 +1,6 @@
 """A launcher's own part: signals to end, and jobs that are refused."""
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from src.config import ClusterConfig, ScaleName
 from src.errors import UserError
 from src.sweep import __main__ as sweeping
 from src.sweep import launch
-from src.sweep.folder import Sweep
+from src.sweep.folder import Submission, Sweep
 from tests.sweep.conftest import ARGUMENTS
+from tests.sweep.test_folder import CODE
 
 
 @pytest.fixture(autouse=True)
@@ -106,14 +108,65 @@ def test_what_is_refused_does_not_take_the_place_of_what_can_be_resumed(
 def test_a_resubmission_says_each_thing_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
     monkeypatch.setattr(sweeping, "launch", lambda arguments, expected: told.append(arguments) or 0)
-    sweep.arguments += ["++detach=true", "hydra.launcher.mem_gb=1", "training.lr=1"]
-    assert sweeping.resume(sweep, ["hydra.launcher.mem_gb=2", "tracker=none"]) == 0
-    assert told == [[*ARGUMENTS, "training.lr=1", "hydra.launcher.mem_gb=2", "tracker=none"]]
+    added = "+hydra.launcher.additional_parameters.nodelist=node3"
+    sweep.arguments += ["++detach=true", "hydra.launcher.mem_gb=1", added, "training.lr=1"]
+    for overrides, kept in (
+        (["hydra.launcher.mem_gb=2", "tracker=none"], [*ARGUMENTS, added, "training.lr=1"]),
+        # the same key otherwise: what was added stays, for it is what is changed
+        (["hydra.launcher.additional_parameters.nodelist=node2"], [*ARGUMENTS, "hydra.launcher.mem_gb=1", added, "training.lr=1"]),
+        (["~hydra.launcher.mem_gb"], [*ARGUMENTS, "hydra.launcher.mem_gb=1", added, "training.lr=1"]),
+        # what another cluster's jobs are given is of no use
+        (["cluster=local"], [*ARGUMENTS[:2], "training.lr=1"]),
+    ):
+        assert sweeping.resume(sweep, overrides) == 0
+        assert told.pop() == [*kept, *overrides]
+
+
+@pytest.mark.parametrize("wrong", ["foo=1", "hydra.launcher.nope=1", "a b", "seed=range(", "training.lr=fast"])
+def test_what_is_added_wrongly_is_told_in_a_line(sweep: Sweep, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweeping.main(["resume", sweep.name, wrong]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_a_place_that_is_gone_is_told_in_a_line(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep.path / "attempts").rmdir()
+    assert sweeping.main(["status", sweep.name]) == 2
+    assert capsys.readouterr().err == f"error: {sweep.path / 'attempts'}: No such file or directory\n"
 
 
 def test_what_is_added_may_not_make_another_sweep(sweep: Sweep) -> None:
     with pytest.raises(UserError, match=rf"sweep {sweep.name}: its command line, with what was added .* other runs \(sweep \w+\)"):
-        launch.launch([*ARGUMENTS[:1], "seed=7", ARGUMENTS[2]], expected=sweep.name)
+        launch.launch([*ARGUMENTS[:1], "seed=7", ARGUMENTS[2]], expected=sweep)
+
+
+def test_a_sweep_that_was_moved_is_not_made_anew_where_it_was(sweep: Sweep, tmp_path: Path) -> None:
+    moved = Sweep(shutil.copytree(sweep.path.parent.parent, tmp_path / "moved") / ".sweep" / sweep.name)
+    assert [moved.folder(run) for run in moved.runs] == [
+        tmp_path / "moved" / sweep.folder(run).relative_to(tmp_path / "results") for run in sweep.runs
+    ]
+    with pytest.raises(UserError, match=rf"lies in {moved.path}, and its command line means .*; add 'results_dir=\"{tmp_path}/moved\"'"):
+        launch.launch(ARGUMENTS, expected=moved)
+
+
+def test_jobs_that_go_on_survive_a_resubmission_that_is_refused(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Sweep] = []
+    monkeypatch.setattr(launch.cluster, "cancel", ended.append)
+    monkeypatch.setattr(launch.cluster, "submit", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    for alive, cancelled in (({"7_0": "RUNNING"}, 0), ({}, 1)):
+        monkeypatch.setattr(launch.cluster, "alive", lambda _, alive=alive: alive)
+        before = (sweep.path / "plan.json").read_bytes()
+        with pytest.raises(PermissionError):
+            launch.launch([*ARGUMENTS, "tracker=none"])
+        assert (sweep.path / "plan.json").read_bytes() == before
+        assert len(ended) == cancelled
+
+
+def test_jobs_that_could_not_be_cancelled_are_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep.submitted(Submission("slurm", {}, CODE))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=rf"scancel doesn't answer .*; jobs may go on: python -m src.sweep cancel {sweep.called}"):
+        launch._cancel(sweep)
 
 
 def test_a_damaged_plan_is_written_anew(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

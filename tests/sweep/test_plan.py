@@ -84,12 +84,12 @@ def test_what_a_job_is_given_is_the_cluster_file_s(monkeypatch: pytest.MonkeyPat
     assert asked <= launcher.keys()
 
 
-@pytest.mark.parametrize(("at_once", "cpus", "memory"), [("1", 3, 16), ("4", 12, 64), ("null", 3, 16)])
+@pytest.mark.parametrize(("at_once", "cpus", "memory"), [("1", 3, 16), ("4", 12, 64), ("null", 3, 16), ("4", None, 64)])
 def test_runs_that_share_a_job_have_their_own_cpus_and_memory(
-    at_once: str, cpus: int, memory: int, monkeypatch: pytest.MonkeyPatch
+    at_once: str, cpus: int | None, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BACKLOCK_AT_ONCE", at_once)
-    monkeypatch.setenv("BACKLOCK_CPUS", "3")
+    monkeypatch.setenv("BACKLOCK_CPUS", "3" if cpus else "null")
     launcher = plan(["experiment=tiny", "cluster=slurm"]).launcher
     assert (launcher["cpus_per_task"], launcher["mem_gb"]) == (cpus, memory)
 
