@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from src.config import register_resolvers
+from src.results import sha256
 from src.sweep.folder import Sweep
 from src.sweep.plan import plan
 
@@ -47,7 +51,7 @@ def main() -> None:
         many = [*REAL, "seed=range(10000)", "cluster=local", f"results_dir={place}/many"]
         sweep = Sweep.create(plan(many))
         for run in sweep.runs:
-            shutil.copytree(source, sweep.folder(run))
+            copied(source, sweep.folder(run), root_seed=run.seed, run=run.id)
         command = ("src.sweep", "collect", str(sweep.path))
         tell("collect 10,000 folders, all told", 20, lambda: python(*command))
         thousand = ("src.run", "-m", *REAL, "seed=range(1000)", "cluster=local", f"results_dir={place}/many")
@@ -67,6 +71,19 @@ def overheads(folder: Path) -> list[float]:
     attempts = sorted((attempt.told() for (attempt,) in sweep.attempts().values()), key=lambda told: told["started"])
     bare = [json.loads((sweep.folder(run) / "provenance.json").read_text())["wall_time_s"] for run in sweep.runs]
     return [told["ended"] - told["started"] - work for told, work in zip(attempts, bare, strict=True)]
+
+
+def copied(source: Path, folder: Path, **stamp: object) -> None:
+    """A copy of a run folder, its rows and what is said of them those of another run."""
+    shutil.copytree(source, folder)
+    rows, provenance = folder / "rows.parquet", folder / "provenance.json"
+    table = pq.read_table(rows)
+    for column, value in stamp.items():
+        place = table.column_names.index(column)
+        table = table.set_column(place, table.field(place), pa.array([value] * len(table), table.field(place).type))
+    pq.write_table(table, rows, compression="zstd")
+    told = json.loads(provenance.read_text())
+    provenance.write_text(json.dumps({**told, "sha256": {**told["sha256"], rows.name: sha256(rows)}}))
 
 
 def python(module: str, *arguments: str, **environment: str) -> None:
