@@ -27,8 +27,10 @@ FACTORISED = 1e8
 SVD = 20
 # steps that σ₁ takes, each a product with J and one with Jᵀ
 STEPS = 50
+# passes forwards in whose time a product with J or Jᵀ is formed, as timed
+PRODUCT = 3
 # seconds that a stage takes beside its arithmetic
-OVERHEAD = 0.05
+OVERHEAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Planned:
         method: "exact", "factorised" or "matrix_free".
         gflop: the predicted work, in 10⁹ operations of a matrix product.
         layer: its only dense layer; None unless only pointwise operations follow one.
+        seconds: that its products with vectors will take, by a pass forwards that was timed; 0 where J is written out.
     """
 
     stage: str
     method: Literal["exact", "factorised", "matrix_free"]
     gflop: float
     layer: str | None
+    seconds: float = 0.0
 
 
 def plan(chain: Chain, states: Sequence[Tensor], method: Method) -> list[Planned]:
@@ -74,18 +78,21 @@ def _planned(name: str, stage: nn.Module, before: Tensor, behind: Tensor, method
     factorised = 4 * m * m * d + 4 * STEPS * n * m * m
     if method == "auto" and layer is not None and m <= d and decomposed > FACTORISED and factorised <= BUDGET:
         return Planned(name, "factorised", factorised / 1e9, layer)
-    forward = _forward(stage, before)
+    forward, seconds = _forward(stage, before)
     exact = 2 * SVD * decomposed + (m * forward if layer is None else 0)  # a pass backwards for every row
     if method == "exact" or (method == "auto" and size <= WRITTEN_BYTES and exact <= BUDGET):
         return Planned(name, "exact", exact / 1e9, layer)
-    return Planned(name, "matrix_free", 2 * STEPS * forward / 1e9, layer)
+    return Planned(name, "matrix_free", 2 * STEPS * forward / 1e9, layer, 2 * STEPS * PRODUCT * seconds)
 
 
-def _forward(stage: nn.Module, inputs: Tensor) -> int:
-    """Operations of a pass forwards."""
+def _forward(stage: nn.Module, inputs: Tensor) -> tuple[int, float]:
+    """Operations of a pass forwards, and the seconds that it takes here: of a convolution far more than its operations tell."""
+    started = time.perf_counter()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stage(inputs)
-    return int(counter.get_total_flops())
+    if inputs.is_cuda:
+        torch.cuda.synchronize(inputs.device)
+    return int(counter.get_total_flops()), time.perf_counter() - started
 
 
 def described(planned: Sequence[Planned], device: torch.device, dtype: torch.dtype) -> str:
@@ -93,9 +100,9 @@ def described(planned: Sequence[Planned], device: torch.device, dtype: torch.dty
     methods = [entry.method for entry in planned]
     counts = ", ".join(f"{methods.count(method)} {method.replace('_', '-')}" for method in dict.fromkeys(methods))
     gflop = sum(entry.gflop for entry in planned)
-    return (
-        f"plan: {len(planned)} stages ({counts}), {gflop:.2g} GFLOP, about {_duration(gflop / _rate(device, dtype) + 0.02 * len(planned))}"
-    )
+    written = sum(entry.gflop for entry in planned if not entry.seconds)
+    seconds = written / _rate(device, dtype) + sum(entry.seconds for entry in planned) + OVERHEAD * len(planned)
+    return f"plan: {len(planned)} stages ({counts}), {gflop:.2g} GFLOP, about {_duration(seconds)}"
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

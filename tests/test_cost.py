@@ -1,6 +1,7 @@
 """Which method a stage is given, and what it is said to cost."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_the_cost_grows_as_the_work_does():
     conv = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False))
     (free,) = planned(conv, normal(3, 2, 8, 8), "matrix_free")
     assert free.gflop * 1e9 == 2 * cost.STEPS * (2 * 3 * 2 * 4 * 9 * 64)
+
+
+def test_the_time_of_products_is_that_of_passes_that_were_timed(monkeypatch):
+    conv, x = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1)), normal(3, 2, 8, 8)
+    (written,), (free,) = planned(conv, x, "exact"), planned(conv, x, "matrix_free")
+    assert written.seconds == 0 < free.seconds
+    monkeypatch.setattr(cost, "_rate", lambda *_: 1.0)
+    line = described([replace(written, gflop=30.0), replace(free, seconds=12.0)], torch.device("cpu"), torch.float64)
+    assert line.endswith("about 42 s")
 
 
 def test_who_watches_is_told_the_plan_and_how_far_it_is():

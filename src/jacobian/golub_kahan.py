@@ -6,7 +6,8 @@ theorem 4.1.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 
 Product = Callable[[Tensor], Tensor]
 FIRST_LOOK = 8  # steps; a look at the Ritz values costs more than a step
+TOGETHER = 100  # rows of matrices whose LU several threads do: of a batch of 150 and more that of torch 2.14 with MKL fails or hangs
 AGAIN = 3  # the same from a start that is nearly a singular vector, and steps of the power method before
 TOLERANCE = 1e-7  # of σ₁, relative
 REFINED = 1e-6  # the same, where single precision finds the vector
@@ -212,5 +214,17 @@ def _outer_vector(T: Float64[Tensor, "w k k"], eigenvalues: Float64[Tensor, "w k
     outside = 8 * torch.finfo(T.dtype).eps * (1 if which else -1)
     shift = eigenvalues[:, which] / size[:, 0] + outside
     shifted = T / size.unsqueeze(2) - torch.diag_embed(shift.unsqueeze(1).expand(-1, len(ones)))
-    vectors, _ = torch.linalg.solve_ex(shifted, start.expand(len(T), -1))
+    with _one_thread() if len(ones) > TOGETHER else nullcontext():
+        vectors, _ = torch.linalg.solve_ex(shifted, start.expand(len(T), -1))
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

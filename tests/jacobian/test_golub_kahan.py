@@ -169,3 +169,19 @@ def test_the_outer_eigenvectors_are_those_of_the_whole_decomposition(k):
         torch.testing.assert_close((found * vectors[..., which]).sum(1).abs(), torch.ones(20).double(), rtol=0, atol=1e-9)
         nothing = module._outer_vector(torch.zeros(1, k, k).double(), torch.zeros(1, k).double(), which)
         torch.testing.assert_close(nothing.norm(dim=1), torch.ones(1).double())
+
+
+def test_many_steps_on_several_threads():
+    """Where the LU of a batch fails or hangs if all threads do it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        T = torch.diag_embed(normal(2, 200).double().abs() + 2) + torch.diag_embed(torch.ones(2, 199).double(), 1)
+        T = (T + T.mT) / 2
+        values, vectors = torch.linalg.eigh(T)
+        for which in (0, -1):
+            found = module._outer_vector(T, values, which)
+            torch.testing.assert_close((found * vectors[:, :, which]).sum(1).abs(), torch.ones(2).double(), rtol=1e-9, atol=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
