@@ -248,7 +248,7 @@ def read_status(folder: Path) -> str | None:
 def refuse_changed(file: Path, name: str, provenance: Path) -> None:
     """Refuse a file of a run, by name, that is not as the run left it: by the sha256 in its provenance.
 
-    Raises: UserError when it is not, or either can't be read.
+    Raises: UserError when it is not, or the provenance can't be read.
     """
     try:
         left = json.loads(provenance.read_bytes()).get("sha256", {}).get(name)

@@ -96,7 +96,7 @@ def alive(sweep: Sweep) -> dict[str, str]:
     submissions = sweep.submissions()
     found: dict[str, str] = {}
     if any(submission.kind == "slurm" for submission in submissions):
-        for line in _ask("squeue", *_named(sweep), "--noheader", "--array", "--format=%i|%T|%r").splitlines():
+        for line in _ask("squeue", _named(sweep), "--noheader", "--array", "--format=%i|%T|%r").splitlines():
             job, state, reason = line.split("|", 2)
             found[job] = state if reason in PASSING else f"{state} ({reason})"
     if any(submission.kind == "local" for submission in submissions):
@@ -111,7 +111,7 @@ def histories(sweep: Sweep) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     with suppress(UserError):
         since = ("--duplicates", "--allocations", "--starttime=now-30days")
-        for line in _ask("sacct", "--allusers", *_named(sweep), *since, "--noheader", "--parsable2", "--format=JobID,State").splitlines():
+        for line in _ask("sacct", "--allusers", _named(sweep), *since, "--noheader", "--parsable2", "--format=JobID,State").splitlines():
             jobs, _, state = line.partition("|")
             for job in _elements(jobs):
                 found.setdefault(job, []).append(state)
@@ -138,7 +138,7 @@ def cancel(sweep: Sweep) -> None:
     """End all jobs of a sweep, and wait until this machine's are gone."""
     submissions = sweep.submissions()
     if any(submission.kind == "slurm" for submission in submissions):
-        _ask("scancel", f"--user={os.getuid()}", *_named(sweep))
+        _ask("scancel", f"--user={os.getuid()}", _named(sweep))
     if any(submission.kind == "local" for submission in submissions):
         # a controller's own way, SIGINT, is not heard in the background of a shell; its job ends when it is gone
         _kill(_processes("submitit.local._local", sweep))
@@ -148,8 +148,8 @@ def cancel(sweep: Sweep) -> None:
         _kill(left)
 
 
-def _named(sweep: Sweep) -> tuple[str]:
-    return (f"--name={job_name(sweep)}",)
+def _named(sweep: Sweep) -> str:
+    return f"--name={job_name(sweep)}"
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from src.code import ROOT
@@ -23,7 +24,7 @@ def estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
         gpus: that each has.
     """
     kinds = Counter((sweep.folder(run).parent, sweep.configs[run.config].grid.paper) for run in missing)
-    timed = {kind: times for kind in kinds if (times := list(_sampled(*kind)))}
+    timed = {kind: times for kind in kinds if (times := _sampled(*kind))}
     hours = sum(kinds[kind] * sum(seconds for seconds, _ in times) / len(times) for kind, times in timed.items()) / 3600
     told = [f"{len(missing)} to do"]
     if timed:
@@ -36,21 +37,17 @@ def estimate(sweep: Sweep, missing: Sequence[Run], gpus: float) -> str:
     return ", ".join(told)
 
 
-def _sampled(kind: Path, paper: str | None) -> Iterator[tuple[float, str]]:
+def _sampled(kind: Path, paper: str | None) -> list[tuple[float, str]]:
     """Seconds and device of a few finished runs of a kind that did all their work at once; else of the committed one.
 
     The runs of all papers lie together, and differ in length: of these the committed ones are gone by.
     """
-    found = 0
-    for file in kind.glob("seed*/provenance.json") if paper is None else ():
-        if (told := _timing(file)) and found < SAMPLED:
-            found += 1
-            yield told
-    if not found:
-        experiment, data, scale = kind.parts[-3:]
-        for file in COMMITTED.glob(f"**/{f'{paper}-*' if paper else experiment}.parquet"):
-            if (told := _timing(file.with_suffix(".provenance.json"))) and (data, scale) == _measured(file):
-                yield told
+    own = map(_timing, kind.glob("seed*/provenance.json") if paper is None else ())
+    if found := list(islice(filter(None, own), SAMPLED)):
+        return found
+    experiment, *measured = kind.parts[-3:]
+    like = COMMITTED.glob(f"**/{f'{paper}-*' if paper else experiment}.parquet")
+    return list(filter(None, (_timing(file.with_suffix(".provenance.json")) for file in like if _measured(file) == measured)))
 
 
 def _timing(provenance: Path) -> tuple[float, str] | None:
@@ -62,9 +59,9 @@ def _timing(provenance: Path) -> tuple[float, str] | None:
     return None
 
 
-def _measured(rows: Path) -> tuple[str, str]:
+def _measured(rows: Path) -> list[str]:
     """The data set that was asked for, and the scale, of committed rows."""
     from src.collect import distinct
 
     (told,) = distinct(rows, ("data_requested", "scale"))
-    return told["data_requested"], told["scale"]
+    return [told["data_requested"], told["scale"]]

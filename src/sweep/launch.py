@@ -99,11 +99,12 @@ def launch(arguments: Sequence[str], expected: Sweep | None = None) -> int:
         except Exception:
             if earlier:  # by which it can be resumed: what is refused is not kept
                 write_atomically(path / "plan.json", earlier)
-            if not alive:  # of those that were there none is ended
+            if not alive and not first.detach:  # of those that were there none is ended
                 _cancel(sweep)
             raise
         except KeyboardInterrupt:
-            _cancel(sweep)
+            if not first.detach:
+                _cancel(sweep)
             raise
         if first.detach:
             if missing or alive:

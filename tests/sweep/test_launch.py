@@ -162,6 +162,19 @@ def test_jobs_that_go_on_survive_a_resubmission_that_is_refused(sweep: Sweep, mo
         assert len(ended) == cancelled
 
 
+@pytest.mark.parametrize(("detach", "cancelled"), [("false", 1), ("true", 0)])
+def test_an_interrupted_submission_ends_all_jobs_but_detached_ones(
+    sweep: Sweep, detach: str, cancelled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Sweep] = []
+    monkeypatch.setattr(launch.cluster, "cancel", ended.append)
+    monkeypatch.setattr(launch.cluster, "alive", lambda _: {"7_0": "RUNNING"})
+    monkeypatch.setattr(launch.cluster, "submit", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch([*ARGUMENTS, f"detach={detach}"])
+    assert len(ended) == cancelled
+
+
 def test_jobs_that_could_not_be_cancelled_are_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.submitted(Submission("slurm", {}, CODE))
     monkeypatch.setenv("PATH", "")
